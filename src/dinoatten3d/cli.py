@@ -1,0 +1,361 @@
+"""The command line: a table of commands. Torch is imported when a command needs it, never for help."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+# A waiting OpenMP thread must not spin against a busy neighbour (set before torch is imported).
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+from cyclopts import App, Parameter
+from cyclopts.config import Dict
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from dinoatten3d import __version__
+from dinoatten3d.config import EvaluationConfig, Recipe, SliceConfig, read_toml, recipe_table
+from dinoatten3d.errors import DinoAtten3DError, ScanError
+
+if TYPE_CHECKING:
+    from dinoatten3d.features.backbone import Backbone
+
+SOME_FAILED = 3
+"""Exit code when some scans could not be used and the others were."""
+
+say = Console(stderr=True, highlight=False, soft_wrap=True)
+app = App(
+    name="dinoatten3d",
+    version=__version__,
+    help="Slice attention over frozen DINOv2 features for 3D brain MRI. For research, not for diagnosis.",
+)
+weights_app = App(name="weights", help="Where backbones come from, also behind a firewall.")
+app.command(weights_app)
+
+RecipeName = Annotated[str, Parameter(help="default, paper, published, or a TOML file with the same tables.")]
+ConfigFile = Annotated[Path | None, Parameter(help="TOML file that sets any option of this command.")]
+Classes = Annotated[
+    list[str],
+    Parameter(name="--classes", help="A class and its raw labels, 'healthy=HC,HC_MIXED'; once a class, in order."),
+]
+Ignore = Annotated[list[str], Parameter(help="Raw label whose rows are left out; '' for a missing one.")]
+BackboneName = Annotated[
+    str | None, Parameter(name="--backbone", help="A known name (see `weights list`), a hub id, a folder, or auto.")
+]
+Device = Annotated[str, Parameter(help="Where the backbone runs: cpu, cuda, mps.")]
+
+
+@app.command
+def demo(
+    *,
+    out: Path = Path("demo"),
+    brains: Path | None = None,
+    lesions: Path | None = None,
+    contrast: Literal["dark", "subtle"] = "dark",
+    scans: int = 48,
+    seed: int = 0,
+    backbone: BackboneName = "auto",
+) -> None:
+    """Make a cohort with known lesions, run everything on it and write the report.
+
+    Args:
+        out: Folder for the cohort, the features and the run.
+        brains: Real skull-stripped brains to implant lesions into, instead of the MNI152 template.
+        lesions: Lesion masks in MNI space (with --brains).
+        contrast: Dark lesions of 16-98 mL or subtle ones of 5-37 mL (with --brains).
+        scans: Scans in the synthetic cohort.
+        seed: Decides every draw.
+        backbone: Where the encoder comes from.
+    """
+    from dinoatten3d.demo.pipeline import run_demo
+
+    with _progress() as bar:
+        result = run_demo(
+            out,
+            brains=brains,
+            lesions=lesions,
+            contrast=contrast,
+            scans=scans,
+            seed=seed,
+            load=lambda: _backbone(backbone or "auto"),
+            bar=bar,
+            say=say.print,
+        )
+    _print_verdict(result.run)
+    print(
+        f"cohort        {result.table}\ntruth         {result.truth}\nfeatures      {result.features}\nrun           {result.run}"
+    )
+    for folder in result.explanations:
+        print(f"explanation   {folder}")
+    print(f"report        {result.run / 'report.html'}")
+
+
+@app.command
+def extract(
+    cohort: Path,
+    *,
+    out: Path = Path("features"),
+    recipe: RecipeName = "default",
+    config: ConfigFile = None,
+    slices: SliceConfig | None = None,
+    backbone: BackboneName = "auto",
+    device: Device = "cpu",
+) -> int:
+    """Run the frozen backbone once over every scan of a cohort; scans that have features already are left alone.
+
+    Args:
+        cohort: CSV or TSV with a row a scan (path, subject, ...), or a BIDS folder.
+        out: Folder of feature folders.
+    """
+    from dinoatten3d.data.cohort import read_cohort
+    from dinoatten3d.features.extract import extract as run_extract
+
+    table = read_cohort(cohort)
+    model = _backbone(backbone or "auto", device)
+    with _progress() as bar:
+        done = run_extract(table, model, out, slices=slices or SliceConfig(), progress=bar("extracting"))
+    if done.embedded == 0 and not done.failed:
+        say.print(f"nothing to do: all {done.found} scans have features already")
+    else:
+        say.print(f"{done.embedded} scans embedded, {done.found} found from before, {len(done.failed)} failed")
+    for name, notes in done.notes.items():
+        say.print(f"note: {name}: {'; '.join(notes)}", markup=False)
+    for reason in done.failed.values():
+        say.print(f"failed: {reason}", markup=False)
+    print(done.store.folder)
+    return SOME_FAILED if done.failed else 0
+
+
+@app.command
+def train(
+    cohort: Path,
+    *,
+    features: Path,
+    target: str,
+    out: Path,
+    classes: Classes = [],  # noqa: B006  cyclopts reads the default
+    ignore: Ignore = [],  # noqa: B006
+    recipe: RecipeName = "default",
+    config: ConfigFile = None,
+    settings: Annotated[Recipe | None, Parameter(name="*")] = None,
+    evaluation: EvaluationConfig | None = None,
+) -> None:
+    """Cross-validate a recipe by subject, compare it with the simplest baselines and write a run with its report.
+
+    Args:
+        cohort: The table or BIDS folder that the features were extracted from.
+        features: A feature folder made by `extract`.
+        target: Column with the label.
+        out: Run folder to make; an existing one is never overwritten.
+    """
+    from dinoatten3d.data.cohort import read_cohort
+    from dinoatten3d.features.store import open_store
+    from dinoatten3d.steps import train_run
+
+    table = read_cohort(cohort, target=target, classes=classes, ignore=ignore)
+    store = open_store(features)
+    with _progress() as bar:
+        run = train_run(
+            table,
+            store,
+            out,
+            recipe=settings or Recipe(),
+            recipe_name=recipe,
+            evaluation=evaluation or EvaluationConfig(),
+            progress=bar("training"),
+        )
+    _print_verdict(run.folder)
+    print(f"report  {run.folder / 'report.html'}")
+
+
+@app.command
+def report(run: Path) -> None:
+    """Compute the figures of a run again and write its report.
+
+    Args:
+        run: A run folder.
+    """
+    from dinoatten3d.steps import report_run
+
+    print(report_run(run))
+
+
+@app.command
+def predict(
+    run: Path,
+    scans: Annotated[list[Path], Parameter(negative=())],
+    /,
+    *,
+    out: Path | None = None,
+    backbone: BackboneName = None,
+    device: Device = "cpu",
+) -> int:
+    """Classify scans with the models of all folds.
+
+    Args:
+        run: A run folder.
+        scans: NIfTI or DICOM, one or several.
+        out: JSON file to write; without it only the table is printed.
+    """
+    from dinoatten3d.files import write_json
+
+    answers, failed = [], 0
+    for prediction in _predictions(run, scans, backbone, device):
+        if isinstance(prediction, str):
+            failed += 1
+            continue
+        answer = prediction.to_dict()
+        answers.append(answer)
+        print(f"{answer['name']}: {answer['predicted']}")
+        for name, value in answer["probabilities"].items():
+            spread = answer["sd_over_models"][name]
+            print(f"  {name:<20} {value:.3f}" + (f"  (sd over models {spread:.3f})" if spread == spread else ""))
+        for note in answer["notes"]:
+            print(f"  note: {note}")
+    if out is not None and answers:
+        write_json(out, answers)
+        print(f"json  {out}")
+    if answers:
+        print("For research, not for diagnosis.")
+    return SOME_FAILED if failed else 0
+
+
+@app.command
+def explain(
+    run: Path,
+    scans: Annotated[list[Path], Parameter(negative=())],
+    /,
+    *,
+    out: Path | None = None,
+    backbone: BackboneName = None,
+    device: Device = "cpu",
+) -> int:
+    """Show which slices weighed most: a table, a figure and a map that opens over the scan.
+
+    Args:
+        run: A run folder.
+        scans: NIfTI or DICOM, one or several.
+        out: Folder for the explanations; by default `explain` inside the run.
+    """
+    from dinoatten3d.steps import explain_scan
+
+    failed = 0
+    for prediction in _predictions(run, scans, backbone, device):
+        if isinstance(prediction, str):
+            failed += 1
+        else:
+            print(explain_scan(prediction, out or run / "explain"))
+    return SOME_FAILED if failed else 0
+
+
+@weights_app.command(name="list")
+def list_weights() -> None:
+    """List the backbones that have names, and which of them are here already."""
+    from dinoatten3d.features.weights import known_weights
+
+    for name, origin, here in known_weights():
+        print(f"{name:<26} {origin:<44} {'cached' if here else ''}".rstrip())
+
+
+@weights_app.command
+def fetch(name: str = "auto", /) -> None:
+    """Fetch a backbone into the cache and print its folder.
+
+    Args:
+        name: A known name, a hub id, or auto.
+    """
+    from dinoatten3d.features.weights import find_weights
+
+    found = find_weights(name, say.print)
+    print(f"{found.title}\n{found.folder}\nsource {found.source}\nsha256 {found.sha256}")
+
+
+def main() -> None:
+    """Run a command; errors that the user can mend are one sentence and exit code 2."""
+    try:
+        app.config = _config_layers(sys.argv[1:])
+        code = app(result_action="return_value")
+    except DinoAtten3DError as error:
+        say.print(f"dinoatten3d: {error}", markup=False, style="red")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        say.print("dinoatten3d: interrupted; what was finished is kept, the same command goes on from there")
+        sys.exit(130)
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        say.print(f"dinoatten3d: {error.strerror or error}{where}", markup=False, style="red")
+        sys.exit(2)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _config_layers(arguments: list[str]) -> list[Dict]:
+    """Lay --config over --recipe over the defaults: the values that options have when they are not given."""
+    layers = []
+    chosen = _option(arguments, "--config")
+    table = read_toml(Path(chosen)) if chosen else {}
+    if chosen:
+        layers.append(Dict(table, use_commands_as_keys=False, source=chosen))
+    if arguments and arguments[0] in ("extract", "train"):
+        recipe = _option(arguments, "--recipe") or str(table.get("recipe", "default"))
+        tables = recipe_table(recipe)
+        kept = {"slices": tables.get("slices", {})} if arguments[0] == "extract" else tables
+        layers.append(Dict(kept, use_commands_as_keys=False, source=f"recipe {recipe}"))
+    return layers
+
+
+def _option(arguments: list[str], name: str) -> str | None:
+    for index, argument in enumerate(arguments):
+        if argument == name and index + 1 < len(arguments):
+            return arguments[index + 1]
+        if argument.startswith(f"{name}="):
+            return argument.partition("=")[2]
+    return None
+
+
+def _backbone(name: str, device: str = "cpu") -> Backbone:
+    from dinoatten3d.features.backbone import load_backbone
+    from dinoatten3d.features.weights import find_weights
+
+    found = find_weights(name, say.print)
+    say.print(f"backbone: {found.title}, from {found.source}", markup=False)
+    return load_backbone(found, device=device)
+
+
+def _predictions(folder: Path, scans: list[Path], backbone: str | None, device: str) -> Iterator[Any]:
+    """Yield a prediction for each scan, or the reason why there is none (said at once)."""
+    from dinoatten3d.inference.predict import predict as run_predict
+    from dinoatten3d.learning.run import open_run
+
+    run = open_run(folder)
+    model = _backbone(backbone or run.config["features"]["backbone"], device)
+    for scan in scans:
+        try:
+            yield run_predict(run, scan, model)
+        except ScanError as error:
+            say.print(f"failed: {error}", markup=False, style="red")
+            yield str(error)
+
+
+def _print_verdict(run: Path) -> None:
+    verdict = json.loads((run / "metrics.json").read_text())["verdict"]
+    print(verdict["headline"])
+    for sentence in verdict["sentences"]:
+        print(f"  {sentence}")
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[str], Callable[[int, int], None]]]:
+    """Give a function that opens a named bar and returns its `progress(done, total)`."""
+    columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=say) as bars:
+
+        def bar(name: str) -> Callable[[int, int], None]:
+            task = bars.add_task(name, total=None)
+            return lambda done, total: bars.update(task, completed=done, total=total)
+
+        yield bar

@@ -1,0 +1,238 @@
+"""The configuration: frozen dataclasses that are at once the options, their help and the record of a run.
+
+A recipe is a TOML file with the tables `slices`, `model`, `loss` and `training`; three of them ship with the
+package (`default`, `paper`, `published`). Evaluation is never part of a recipe.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import tomllib
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_type_hints
+
+from dinoatten3d.errors import ConfigError
+
+Plane = Literal["axial", "coronal", "sagittal"]
+T = TypeVar("T")
+RECIPES = ("default", "paper", "published")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SliceConfig:
+    """Which slices are taken from a volume, and how they become pixels."""
+
+    plane: Plane = "axial"
+    """Anatomical plane of the slices."""
+    count: int = 24
+    """Slices a scan, > 0."""
+    centre: Literal["brain", "array"] = "brain"
+    """Centre the slices on the brain's extent or on the array."""
+    spacing_mm: float | Literal["native", "brain"] = "brain"
+    """Distance between slices: a number in mm, 'native' (neighbouring voxels) or 'brain' (spread over its extent)."""
+    window: Literal["volume", "slice"] = "volume"
+    """Grey window: 0.5-99.5 % of the brain's intensities for the volume, or each slice from its minimum to its maximum."""
+    fit: Literal["brain", "array", "published"] = "brain"
+    """What fills the picture: the brain's box, the whole array, or the published resize-and-centre-crop."""
+    size_px: int = 224
+    """Side of the square picture in pixels, a multiple of the backbone's patch."""
+
+    def __post_init__(self) -> None:
+        _at_least("slices.count", self.count, 1)
+        _at_least("slices.size_px", self.size_px, 14)
+        if not isinstance(self.spacing_mm, str) and not 0 < self.spacing_mm < 100:
+            raise ConfigError(f"slices.spacing_mm is {self.spacing_mm}; it must lie between 0 and 100 mm")
+        if self.fit == "published" and self.window != "slice":
+            raise ConfigError("slices.fit 'published' goes with slices.window 'slice', as in the published code")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The slice attention and the head on top of it."""
+
+    pca_components: int = 24
+    """Features are standardised and reduced to this many principal components of the training scans; 0: left as they are."""
+    attention_width: int = 64
+    """Width of the hidden layer that scores a slice."""
+    attention_start: Literal["uniform", "random"] = "uniform"
+    """Start from equal weights (last layer zero) or from a random scorer."""
+    hidden: tuple[int, ...] = ()
+    """Widths of the embedding head's layers; empty: the pooled feature is the embedding."""
+    relu_embedding: bool = False
+    """End the embedding in a ReLU, as the published code does (cosines are then never below 0)."""
+    dropout: float = 0.3
+    """Dropout on the pooled feature, 0 to below 1."""
+    slice_dropout: float = 0.1
+    """Chance that a slice is left out of a training bag, 0 to below 1."""
+
+    def __post_init__(self) -> None:
+        _at_least("model.pca_components", self.pca_components, 0)
+        _at_least("model.attention_width", self.attention_width, 1)
+        for name in ("dropout", "slice_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"model.{name} is {getattr(self, name)}; it must be 0 or more and below 1")
+        if any(width < 1 for width in self.hidden):
+            raise ConfigError(f"model.hidden is {self.hidden}; every width must be 1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Weights and variants of the composite loss."""
+
+    supcon: float = 0.0
+    """Weight of the supervised contrastive term (cross-entropy has weight 1)."""
+    temperature: float = 0.07
+    """SupCon temperature, > 0."""
+    lonely_anchors: Literal["drop", "zero"] = "drop"
+    """An anchor without another scan of its class is left out of the mean, or counted as zero (published)."""
+    variance: float = 0.0
+    """Weight of the within-class variance of the embedding."""
+    variance_scale: Literal["sum", "mean"] = "sum"
+    """Sum the variance over embedding dimensions, or average it (published; too small to act)."""
+    class_weights: bool = True
+    """Weigh classes by their inverse frequency in cross-entropy."""
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0:
+            raise ConfigError(f"loss.temperature is {self.temperature}; it must be above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How the model is fitted inside one outer fold."""
+
+    members: int = 5
+    """Models trained side by side on different inner folds and averaged."""
+    inner_folds: int = 5
+    """Inner folds; one of them is the validation set that chooses the epoch."""
+    epochs: int = 150
+    """Passes over the inner training scans at most."""
+    patience: int = 40
+    """Stop after this many epochs without a better validation score; 0: never."""
+    batch_size: int = 16
+    """Bags in a step."""
+    learning_rate: float = 1e-3
+    """Adam learning rate."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay (AdamW)."""
+    checkpoint: Literal["loss", "accuracy"] = "loss"
+    """The inner-validation figure that chooses the epoch."""
+    trained: Literal["all", "embedding"] = "all"
+    """Train everything, or only the embedding head while attention and classifier stay random (published)."""
+
+    def __post_init__(self) -> None:
+        for name in ("members", "epochs", "batch_size"):
+            _at_least(f"training.{name}", getattr(self, name), 1)
+        _at_least("training.inner_folds", self.inner_folds, 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that makes a model except the data, the folds and the seed."""
+
+    slices: SliceConfig = field(default_factory=SliceConfig)
+    """Slices and pixels (used by `extract`)."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Attention and head."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    """Composite loss."""
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    """Optimisation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """How a recipe is judged; the same for every recipe."""
+
+    folds: int = 5
+    """Outer folds, grouped by subject and stratified by class."""
+    seed: int = 0
+    """Seed of splits, initial weights and bootstrap."""
+    bootstrap: int = 1000
+    """Subject-level bootstrap replicates for the 95 % intervals."""
+
+    def __post_init__(self) -> None:
+        _at_least("evaluation.folds", self.folds, 2)
+        _at_least("evaluation.bootstrap", self.bootstrap, 100)
+
+
+def load_recipe(name: str | Path) -> Recipe:
+    """Read a recipe that ships with the package, or a TOML file.
+
+    Args:
+        name: `default`, `paper`, `published`, or the path of a TOML file.
+
+    Returns:
+        The recipe; what the file leaves out has the default recipe's value.
+
+    Raises:
+        ConfigError: The name is unknown, the file unreadable, or a key or value does not fit.
+    """
+    return from_dict(Recipe, recipe_table(name), "recipe")
+
+
+def recipe_table(name: str | Path) -> dict[str, Any]:
+    """Give the recipe's TOML tables as they stand in the file."""
+    if str(name) in RECIPES:
+        return tomllib.loads((resources.files("dinoatten3d") / "recipes" / f"{name}.toml").read_text())
+    if not Path(name).suffix:
+        raise ConfigError(f"there is no recipe '{name}'{suggest(str(name), RECIPES)}; known: {', '.join(RECIPES)}")
+    return read_toml(Path(name))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file, with the file named in every error."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not a TOML file: {error}") from None
+
+
+def from_dict(kind: type[T], table: dict[str, Any], where: str) -> T:
+    """Build a configuration dataclass from nested tables, refusing keys it does not have."""
+    hints = get_type_hints(kind)
+    names = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    values: dict[str, Any] = {}
+    for key, value in table.items():
+        if key not in names:
+            raise ConfigError(f"{where} has no setting '{key}'{suggest(key, sorted(names))}")
+        hint = hints[key]
+        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            values[key] = from_dict(hint, value, f"{where}.{key}")
+        else:
+            values[key] = tuple(value) if isinstance(value, list) else value
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise ConfigError(f"{where} holds a value of the wrong type: {error}") from None
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Turn a configuration into plain tables that TOML and JSON can hold."""
+    return {
+        key: list(value) if isinstance(value, tuple) else to_dict(value) if isinstance(value, dict) else value
+        for key, value in (config if isinstance(config, dict) else dataclasses.asdict(config)).items()
+    }
+
+
+def digest(*parts: Any) -> str:
+    """Give the first 12 hexadecimal digits of the SHA-256 of JSON-able parts, independent of key order."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def suggest(word: str, known: tuple[str, ...] | list[str]) -> str:
+    """Give `(did you mean 'x'?)` with a leading space where a known word is close, else nothing."""
+    close = difflib.get_close_matches(word, known, n=1)
+    return f" (did you mean '{close[0]}'?)" if close else ""
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ConfigError(f"{name} is {value}; it must be {least} or more")

@@ -1,0 +1,1 @@
+"""Table or BIDS folder -> Scan -> Volume (RAS+, mm) -> Slices."""

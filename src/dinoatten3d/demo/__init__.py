@@ -1,0 +1,1 @@
+"""Cohorts that anyone can make, with known truth."""

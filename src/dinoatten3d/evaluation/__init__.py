@@ -1,0 +1,1 @@
+"""Run -> figures that a reviewer accepts."""

@@ -1,0 +1,1 @@
+"""Slices -> Features, computed once and kept on disk."""

@@ -1,0 +1,120 @@
+"""Run the frozen backbone once over a cohort and keep what it saw."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dinoatten3d.config import SliceConfig
+from dinoatten3d.data.cohort import Cohort, Scan
+from dinoatten3d.data.slices import Slices, take_slices
+from dinoatten3d.data.volume import load_volume
+from dinoatten3d.errors import ScanError
+from dinoatten3d.features.backbone import Backbone
+from dinoatten3d.features.store import Features, FeatureStore, create_store
+from dinoatten3d.files import write_text
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extraction:
+    """What an `extract` did: scans embedded now, found from before, and failed (scan id to reason); notes by scan id."""
+
+    store: FeatureStore
+    embedded: int
+    found: int
+    failed: dict[str, str]
+    notes: dict[str, tuple[str, ...]]
+
+
+def extract(
+    cohort: Cohort,
+    backbone: Backbone,
+    out: Path,
+    *,
+    slices: SliceConfig,
+    layers: tuple[int, ...] = (),
+    progress: Progress = lambda done, total: None,
+) -> Extraction:
+    """Extract the features of every scan that does not have them yet.
+
+    A scan that cannot be read is listed and the others go on. Killed at any point, at most the scan in hand is lost.
+
+    Args:
+        cohort: The scans.
+        backbone: The encoder.
+        out: Folder of feature folders; the right one inside is made or taken up again.
+        slices: Which slices, and how they become pixels.
+        layers: Layers whose patch tokens are kept too (float16).
+        progress: Called with scans done and scans in all.
+
+    Returns:
+        The feature folder and what was done.
+    """
+    store = create_store(out, slices, backbone.identity, layers)
+    embedded, found = 0, 0
+    failed: dict[str, str] = {}
+    notes: dict[str, tuple[str, ...]] = {}
+    rows: list[tuple[str, str, str, str]] = []
+    with ThreadPoolExecutor(max_workers=1) as reader:  # the next scan is read while this one is embedded
+        pending = [reader.submit(_prepare, scan, store) for scan in cohort.scans[:2]]
+        for number, scan in enumerate(cohort.scans):
+            if number + 2 < len(cohort):
+                pending.append(reader.submit(_prepare, cohort.scans[number + 2], store))
+            try:
+                target, pictures, scan_notes = pending[number].result()
+            except (ScanError, OSError) as error:
+                failed[scan.id] = str(error)
+            else:
+                if pictures is None:
+                    found += 1
+                else:
+                    store.write(target, embed_slices(pictures, backbone, layers))
+                    embedded += 1
+                if scan_notes:
+                    notes[scan.id] = scan_notes
+                rows.append((scan.id, str(scan.path), target.stem, "; ".join(scan_notes)))
+            pending[number].cancel()
+            progress(number + 1, len(cohort))
+    _write_index(store, rows)
+    return Extraction(store=store, embedded=embedded, found=found, failed=failed, notes=notes)
+
+
+def embed_slices(slices: Slices, backbone: Backbone, layers: tuple[int, ...] = ()) -> Features:
+    """Embed the pictures of one scan."""
+    tokens = backbone.embed(slices.pixels, layers=layers)
+    return Features(
+        cls=tokens.cls,
+        position_mm=slices.position_mm,
+        affine_ras=slices.affine_ras,
+        plane=slices.plane,
+        brain_ml=slices.brain_ml,
+        patches={layer: grid.astype(np.float16) for layer, grid in tokens.patches.items()},
+    )
+
+
+def _prepare(scan: Scan, store: FeatureStore) -> tuple[Path, Slices | None, tuple[str, ...]]:
+    target = store.path(scan.path)
+    if target.exists():
+        return target, None, ()
+    volume = load_volume(scan.path)
+    try:
+        return target, take_slices(volume, store.slices), volume.notes
+    except ScanError as error:
+        raise ScanError(f"{scan.path}: {error}") from None
+
+
+def _write_index(store: FeatureStore, rows: list[tuple[str, str, str, str]]) -> None:
+    """Write which file belongs to which scan, for people; the program goes by content."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["scan_id", "path", "features", "notes"])
+    writer.writerows(rows)
+    write_text(store.folder / "index.csv", text.getvalue())

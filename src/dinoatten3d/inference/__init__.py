@@ -1,0 +1,1 @@
+"""Run + scan -> Prediction and maps in the scan's own space."""

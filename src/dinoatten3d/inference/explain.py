@@ -1,0 +1,54 @@
+"""What a prediction looked at, as a table, a figure's data and a map in the scan's own space."""
+
+from __future__ import annotations
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from dinoatten3d.inference.predict import Prediction
+
+
+def explain(prediction: Prediction) -> pd.DataFrame:
+    """Give one row a slice: its position, its weight, its weight in units of uniform attention, and its rank."""
+    weights = prediction.slice_weights
+    order = np.argsort(-weights, kind="stable")
+    rank = np.empty(len(weights), dtype=int)
+    rank[order] = np.arange(1, len(weights) + 1)
+    return pd.DataFrame(
+        {
+            "slice": np.arange(len(weights)),
+            "plane": prediction.slices.plane,
+            "position_mm": prediction.slices.position_mm,
+            "weight": weights,
+            "over_uniform": weights * len(weights),
+            "rank": rank,
+        }
+    )
+
+
+def slice_weight_map(prediction: Prediction) -> nib.Nifti1Image:
+    """Lay the slice weights over the scan, in the file's own grid.
+
+    Each voxel holds the weight, in units of uniform attention (1: as much as any slice), of the slice that it lies
+    in; 0 beyond the slices. Nothing is resampled: the image has the scan's shape and affine.
+    """
+    volume = prediction.volume
+    to_slice = np.linalg.inv(prediction.slices.affine_ras) @ volume.source_affine
+    return nib.Nifti1Image(
+        _by_slice(prediction.slice_weights * len(prediction.slice_weights), to_slice, volume.source_shape),
+        volume.source_affine,
+    )
+
+
+def _by_slice(
+    values: NDArray[np.float64], to_slice: NDArray[np.float64], shape: tuple[int, int, int]
+) -> NDArray[np.float32]:
+    """Read `values` at the slice coordinate (third row of `to_slice`) of every voxel, nearest neighbour."""
+    i, j, k = (np.arange(n).reshape([-1 if a == axis else 1 for a in range(3)]) for axis, n in enumerate(shape))
+    row = to_slice[2]
+    # a tiny bias keeps voxels halfway between two slices on one side, whatever the rounding
+    nearest = np.floor(row[0] * i + row[1] * j + row[2] * k + row[3] + 0.5 + 1e-6).astype(int)
+    inside = (nearest >= 0) & (nearest < len(values))
+    return np.where(inside, values[np.clip(nearest, 0, len(values) - 1)], 0.0).astype(np.float32)

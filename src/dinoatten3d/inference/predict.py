@@ -1,0 +1,140 @@
+"""One scan and a run become a `Prediction`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dinoatten3d.config import SliceConfig, from_dict
+from dinoatten3d.data.cohort import stem
+from dinoatten3d.data.slices import Slices, take_slices
+from dinoatten3d.data.volume import Volume, load_volume
+from dinoatten3d.errors import RunError
+from dinoatten3d.features.backbone import Backbone
+from dinoatten3d.features.extract import embed_slices
+from dinoatten3d.files import sha256
+from dinoatten3d.learning.run import Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """The answer for one scan.
+
+    Attributes:
+        scan: The file.
+        classes: Names of the classes.
+        probabilities: Mean over the models, `[classes]`.
+        by_fold: What the model of each outer fold says, `[models, classes]`.
+        slice_weights: Mean slice attention, `[slices]`, summing to 1.
+        slices: The pictures that were looked at.
+        volume: The scan in RAS+.
+        notes: What a reader should know, one sentence each.
+    """
+
+    scan: Path
+    classes: tuple[str, ...]
+    probabilities: NDArray[np.float64]
+    by_fold: NDArray[np.float64]
+    slice_weights: NDArray[np.float64]
+    slices: Slices
+    volume: Volume
+    notes: tuple[str, ...]
+
+    @property
+    def predicted(self) -> str:
+        """The most probable class."""
+        return self.classes[int(self.probabilities.argmax())]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give what `predict` writes as JSON."""
+        named = dict(zip(self.classes, self.probabilities.tolist(), strict=True))
+        spread = self.by_fold.std(axis=0) if len(self.by_fold) > 1 else np.full(len(self.classes), np.nan)
+        heaviest = np.argsort(-self.slice_weights, kind="stable")[:5]
+        return {
+            "scan": str(self.scan),
+            "name": stem(self.scan),
+            "predicted": self.predicted,
+            "probabilities": named,
+            "sd_over_models": dict(zip(self.classes, spread.tolist(), strict=True)),
+            "models": len(self.by_fold),
+            "heaviest_slices": [
+                {
+                    "slice": int(i),
+                    "position_mm": float(self.slices.position_mm[i]),
+                    "weight": float(self.slice_weights[i]),
+                }
+                for i in heaviest
+            ],
+            "plane": self.slices.plane,
+            "brain_ml": self.slices.brain_ml,
+            "notes": list(self.notes),
+            "use": "for research, not for diagnosis",
+        }
+
+
+def predict(run: Run, scan: Path, backbone: Backbone) -> Prediction:
+    """Classify one scan with the models of all folds.
+
+    A scan of the training cohort (known by its content) is classified by the one model that never saw its subject.
+
+    Args:
+        run: A finished run.
+        scan: NIfTI or DICOM.
+        backbone: The encoder that made the run's features.
+
+    Raises:
+        ScanError: The scan cannot be used.
+        RunError: The backbone is not the run's.
+    """
+    made_with = run.config["features"]["backbone_identity"]
+    if made_with["sha256"] != backbone.identity["sha256"]:
+        raise RunError(
+            f"run {run.folder} was made with {made_with['name']} ({made_with['sha256'][:12]}), "
+            f"not {backbone.identity['name']} ({backbone.identity['sha256'][:12]}); pass the same with --backbone"
+        )
+    volume = load_volume(scan)
+    slices = take_slices(volume, from_dict(SliceConfig, run.config["features"]["slices"], "config.toml"))
+    features = embed_slices(slices, backbone)
+    notes = list(volume.notes)
+    models = run.models()
+    seen_in = _fold_of(run, scan)
+    if seen_in is not None:
+        models = models[seen_in : seen_in + 1]
+        notes.append(
+            f"this scan is in the training cohort: only the model of fold {seen_in}, which never saw it, answers"
+        )
+    bag = torch.from_numpy(features.cls).unsqueeze(0)
+    mask = torch.ones(bag.shape[:2], dtype=torch.bool)
+    by_fold, weights = [], []
+    with torch.no_grad():
+        for model in models:
+            out = model(model.reduce(bag), mask)
+            by_fold.append(torch.softmax(out.logits.double(), dim=-1).mean(dim=0)[0].numpy())
+            weights.append(out.weights.double().mean(dim=0)[0].numpy())
+    return Prediction(
+        scan=scan,
+        classes=run.classes,
+        probabilities=np.mean(by_fold, axis=0),
+        by_fold=np.stack(by_fold),
+        slice_weights=np.mean(weights, axis=0),
+        slices=slices,
+        volume=volume,
+        notes=tuple(notes),
+    )
+
+
+def _fold_of(run: Run, scan: Path) -> int | None:
+    """Give the fold in which a scan of the cohort was held out, None for a new scan."""
+    if scan.is_dir():
+        return None
+    cohort = run.table("cohort.csv")
+    same = cohort.loc[cohort["sha256"] == sha256(scan), "scan_id"]
+    if same.empty:
+        return None
+    splits = run.table("splits.csv")
+    return int(splits.loc[splits["scan_id"] == same.iloc[0], "fold"].iloc[0])

@@ -1,0 +1,1 @@
+"""Features -> Run: the model, its loss, its folds and its training."""

@@ -1,0 +1,98 @@
+"""The composite loss as pure functions of one batch, with a leading axis of members.
+
+`include` says which scans count for which member, `[members, scans]`: members train on different inner folds of
+the same batch.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional
+
+from dinoatten3d.config import LossConfig
+
+
+class LossTerms(NamedTuple):
+    """The total and its unweighted terms, each `[members]`."""
+
+    total: Tensor
+    cross_entropy: Tensor
+    supcon: Tensor
+    variance: Tensor
+
+
+def composite_loss(
+    logits: Float[Tensor, "members scans classes"],
+    embedding: Float[Tensor, "members scans dim"],
+    labels: Int[Tensor, " scans"],
+    include: Bool[Tensor, "members scans"],
+    config: LossConfig,
+    class_weights: Float[Tensor, "members classes"] | None = None,
+) -> LossTerms:
+    """Cross-entropy + supcon weight x SupCon + variance weight x within-class variance (Rafsani et al. 2025)."""
+    ce = cross_entropy(logits, labels, include, class_weights)
+    zero = torch.zeros_like(ce)
+    contrast = supcon(embedding, labels, include, config.temperature, config.lonely_anchors) if config.supcon else zero
+    spread = within_class_variance(embedding, labels, include, config.variance_scale) if config.variance else zero
+    return LossTerms(ce + config.supcon * contrast + config.variance * spread, ce, contrast, spread)
+
+
+def cross_entropy(
+    logits: Float[Tensor, "members scans classes"],
+    labels: Int[Tensor, " scans"],
+    include: Bool[Tensor, "members scans"],
+    class_weights: Float[Tensor, "members classes"] | None = None,
+) -> Float[Tensor, " members"]:
+    """Mean negative log-probability of the true class, weighted by class where weights are given."""
+    log_p = functional.log_softmax(logits, dim=-1)
+    true = log_p.gather(-1, labels.expand(len(logits), -1).unsqueeze(-1)).squeeze(-1)
+    weight = include.to(true.dtype) if class_weights is None else include * class_weights[:, labels]
+    return -(weight * true).sum(dim=1) / weight.sum(dim=1).clamp_min(1e-12)
+
+
+def supcon(
+    embedding: Float[Tensor, "members scans dim"],
+    labels: Int[Tensor, " scans"],
+    include: Bool[Tensor, "members scans"],
+    temperature: float,
+    lonely_anchors: str = "drop",
+) -> Float[Tensor, " members"]:
+    """Supervised contrastive loss on L2-normalised embeddings (Khosla et al. 2020, L_out).
+
+    An anchor without a positive is left out of the mean (`drop`), or counts as zero (`zero`, as published).
+    """
+    z = functional.normalize(embedding, dim=-1)
+    similarity = z @ z.transpose(1, 2) / temperature
+    others = ~torch.eye(len(labels), dtype=torch.bool, device=labels.device) & include.unsqueeze(1)
+    log_p = similarity - torch.logsumexp(similarity.masked_fill(~others, float("-inf")), dim=-1, keepdim=True)
+    positives = others & (labels.unsqueeze(0) == labels.unsqueeze(1))
+    count = positives.sum(dim=-1)
+    per_anchor = -torch.where(positives, log_p, 0.0).sum(dim=-1) / count.clamp_min(1)
+    anchors = include if lonely_anchors == "zero" else include & (count > 0)
+    return torch.where(anchors & (count > 0), per_anchor, 0.0).sum(dim=1) / anchors.sum(dim=1).clamp_min(1)
+
+
+def within_class_variance(
+    embedding: Float[Tensor, "members scans dim"],
+    labels: Int[Tensor, " scans"],
+    include: Bool[Tensor, "members scans"],
+    scale: str = "sum",
+) -> Float[Tensor, " members"]:
+    """Squared distance of the L2-normalised embeddings to their class mean, averaged within and then over classes.
+
+    `mean` also averages over the embedding's dimensions, as the published code does, which makes the term too small to act.
+    """
+    z = functional.normalize(embedding, dim=-1)
+    classes = torch.arange(int(labels.max()) + 1, device=labels.device)
+    member_of = (labels == classes[:, None]).unsqueeze(0) & include.unsqueeze(1)  # [members, classes, scans]
+    weight = member_of.to(z.dtype)
+    count = weight.sum(dim=-1)
+    centre = (weight @ z) / count.clamp_min(1).unsqueeze(-1)
+    spread = (weight * (z.unsqueeze(1) - centre.unsqueeze(2)).square().sum(dim=-1)).sum(dim=-1) / count.clamp_min(1)
+    if scale == "mean":
+        spread = spread / z.shape[-1]
+    return spread.sum(dim=1) / (count > 0).sum(dim=1).clamp_min(1)

@@ -1,0 +1,164 @@
+"""Slice attention and the head on top of it, for one model or several side by side.
+
+Every parameter has a leading axis of members: an ensemble trains as one batched computation, and a single model is
+an ensemble of one.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from dinoatten3d.config import ModelConfig
+
+
+class Pooled(NamedTuple):
+    """A bag as one feature, `[members, scans, dim]`, and the slice weights that made it, `[members, scans, slices]`."""
+
+    feature: Tensor
+    weights: Tensor
+
+
+class Output(NamedTuple):
+    """What the model says: logits `[members, scans, classes]`, embedding `[members, scans, dim]`, slice weights."""
+
+    logits: Tensor
+    embedding: Tensor
+    weights: Tensor
+
+
+def attend(
+    features: Float[Tensor, "scans slices dim"],
+    scores: Float[Tensor, "members scans slices"],
+    mask: Bool[Tensor, "scans slices"],
+) -> Pooled:
+    """Pool slices with the softmax of their scores; padded slices weigh nothing (Rafsani et al. 2025, slice attention)."""
+    weights = torch.softmax(scores.masked_fill(~mask, float("-inf")), dim=-1)
+    return Pooled(torch.einsum("mns,nsd->mnd", weights, features), weights)
+
+
+class MemberLinear(nn.Module):
+    """A linear layer for each member: weight `[members, in, out]`, bias `[members, out]`."""
+
+    def __init__(self, members: int, inputs: int, outputs: int, generator: torch.Generator) -> None:
+        super().__init__()
+        bound = inputs**-0.5  # as torch.nn.Linear
+        self.weight = nn.Parameter(_uniform((members, inputs, outputs), bound, generator))
+        self.bias = nn.Parameter(_uniform((members, outputs), bound, generator))
+
+    def forward(self, x: Float[Tensor, "members scans inputs"]) -> Float[Tensor, "members scans outputs"]:
+        """Apply each member's layer to its own input."""
+        return torch.baddbmm(self.bias.unsqueeze(1), x, self.weight)
+
+
+class SliceAttention(nn.Module):
+    """Score of a slice: Linear(dim, width), tanh, Linear(width, 1)."""
+
+    def __init__(self, members: int, dim: int, width: int, *, uniform: bool, generator: torch.Generator) -> None:
+        super().__init__()
+        self.hidden = MemberLinear(members, dim, width, generator)
+        self.score = MemberLinear(members, width, 1, generator)
+        if uniform:
+            nn.init.zeros_(self.score.weight)
+            nn.init.zeros_(self.score.bias)
+
+    def forward(self, features: Float[Tensor, "scans slices dim"], mask: Bool[Tensor, "scans slices"]) -> Pooled:
+        """Pool every bag."""
+        members = self.hidden.weight.shape[0]
+        scans, slices, dim = features.shape
+        flat = features.reshape(1, scans * slices, dim).expand(members, -1, -1)
+        scores = self.score(torch.tanh(self.hidden(flat))).reshape(members, scans, slices)
+        return attend(features, scores, mask)
+
+
+class EmbeddingHead(nn.Module):
+    """Linear layers with ReLU between them, and after the last one where the recipe says so."""
+
+    def __init__(self, members: int, dim: int, config: ModelConfig, generator: torch.Generator) -> None:
+        super().__init__()
+        widths = (dim, *config.hidden)
+        self.layers = nn.ModuleList(MemberLinear(members, a, b, generator) for a, b in pairwise(widths))
+        self.relu_last = config.relu_embedding
+        self.width = widths[-1]
+
+    def forward(self, x: Float[Tensor, "members scans dim"]) -> Float[Tensor, "members scans width"]:
+        """Embed pooled features."""
+        for number, layer in enumerate(self.layers, start=1):
+            x = layer(x)
+            if number < len(self.layers) or self.relu_last:
+                x = torch.relu(x)
+        return x
+
+
+class SliceAttentionNet(nn.Module):
+    """Reduction, slice attention, embedding head and linear classifier.
+
+    The reduction `(x - mean) @ basis` holds the standardisation and principal components of the training scans; it is
+    set once by `fit_reduction` and never trained.
+    """
+
+    mean: Tensor
+    basis: Tensor
+
+    def __init__(
+        self, *, dim: int, classes: int, members: int, config: ModelConfig, generator: torch.Generator
+    ) -> None:
+        super().__init__()
+        reduced = min(config.pca_components, dim) or dim
+        self.config = config
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("basis", torch.eye(dim)[:, :reduced])
+        uniform = config.attention_start == "uniform"
+        self.attention = SliceAttention(members, reduced, config.attention_width, uniform=uniform, generator=generator)
+        self.embedding = EmbeddingHead(members, reduced, config, generator)
+        self.classifier = MemberLinear(members, self.embedding.width, classes, generator)
+
+    def fit_reduction(self, features: Float[Tensor, "scans slices dim"], mask: Bool[Tensor, "scans slices"]) -> None:
+        """Standardise by the training slices and keep their principal components, each with unit variance."""
+        if self.config.pca_components == 0:
+            return
+        slices = features[mask]
+        self.mean = slices.mean(dim=0)
+        scale = slices.std(dim=0).clamp_min(1e-6)
+        _, spread, directions = torch.linalg.svd((slices - self.mean) / scale, full_matrices=False)
+        kept = self.basis.shape[1]
+        flip = torch.sign(directions[torch.arange(len(directions)), directions.abs().argmax(dim=1)])
+        directions, spread = (
+            (directions * flip[:, None])[:kept],
+            spread[:kept] / max(len(slices) - 1, 1) ** 0.5,
+        )
+        basis = torch.zeros_like(self.basis)
+        basis[:, : len(spread)] = (directions / scale).T / spread.clamp_min(1e-6)
+        self.basis = basis
+
+    def reduce(self, features: Float[Tensor, "scans slices dim"]) -> Float[Tensor, "scans slices reduced"]:
+        """Apply the fixed reduction."""
+        if self.config.pca_components == 0:
+            return features
+        return (features - self.mean) @ self.basis
+
+    def forward(
+        self,
+        reduced: Float[Tensor, "scans slices reduced"],
+        mask: Bool[Tensor, "scans slices"],
+        generator: torch.Generator | None = None,
+    ) -> Output:
+        """Classify bags of reduced features; with a generator and in training mode, with dropout."""
+        if self.training and self.config.slice_dropout and generator is not None:
+            kept = mask & (torch.rand(mask.shape, generator=generator) >= self.config.slice_dropout)
+            mask = torch.where(kept.any(dim=1, keepdim=True), kept, mask)
+        pooled = self.attention(reduced, mask)
+        x = pooled.feature
+        if self.training and self.config.dropout and generator is not None:
+            keep = 1 - self.config.dropout
+            x = x * (torch.rand(x.shape, generator=generator) < keep) / keep
+        embedding = self.embedding(x)
+        return Output(self.classifier(embedding), embedding, pooled.weights)
+
+
+def _uniform(shape: tuple[int, ...], bound: float, generator: torch.Generator) -> Tensor:
+    return (torch.rand(shape, generator=generator) * 2 - 1) * bound

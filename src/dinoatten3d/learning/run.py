@@ -1,0 +1,251 @@
+"""A `Run`: the folder that training leaves behind, and reading it back."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import tomli_w
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from dinoatten3d import __version__
+from dinoatten3d.config import Recipe, from_dict, to_dict
+from dinoatten3d.data.cohort import Scan
+from dinoatten3d.errors import RunError
+from dinoatten3d.features.store import FeatureStore
+from dinoatten3d.files import sha256, whole_folder, write_json, write_text
+from dinoatten3d.learning.bags import Bags
+from dinoatten3d.learning.fit import CrossValidation
+from dinoatten3d.learning.model import SliceAttentionNet
+
+FORMAT_VERSION = 1
+PACKAGES = ("torch", "transformers", "numpy", "scipy", "scikit-learn", "pandas", "nibabel")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A finished run folder; get one with `open_run`."""
+
+    folder: Path
+    config: dict[str, Any]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names; of two, the second is the positive one."""
+        return tuple(self.config["cohort"]["classes"])
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe that was trained."""
+        return from_dict(Recipe, self.config["recipe"], str(self.folder / "config.toml"))
+
+    @property
+    def folds(self) -> int:
+        """Number of outer folds."""
+        return len(list(self.folder.glob("fold-*")))
+
+    def table(self, name: str) -> pd.DataFrame:
+        """Read one of the run's tables, with ids as text."""
+        text = dict.fromkeys(("scan_id", "subject", "label", "predicted", "path", "site", "sex", "session"), str)
+        try:
+            return pd.read_csv(self.folder / name, dtype=text)
+        except (OSError, ValueError) as error:
+            raise RunError(f"{self.folder / name} cannot be read ({error}); train again") from None
+
+    def models(self) -> list[SliceAttentionNet]:
+        """Load the model of every fold."""
+        return [_read_model(self.folder / f"fold-{k}" / "model.safetensors", self.recipe) for k in range(self.folds)]
+
+
+def write_run(
+    out: Path,
+    bags: Bags,
+    result: CrossValidation,
+    *,
+    store: FeatureStore,
+    config: dict[str, Any],
+    baselines: pd.DataFrame | None = None,
+) -> Run:
+    """Write a run folder; it appears whole or not at all.
+
+    Args:
+        out: The folder, which must not exist yet.
+        bags: The bags that were scored.
+        result: What cross-validation gave.
+        store: Where the features came from.
+        config: Tables `run`, `cohort`, `features`, `recipe`, `evaluation` as `config.toml` holds them.
+        baselines: Out-of-fold probabilities of the simplest models on the same folds.
+
+    Raises:
+        RunError: `out` exists.
+    """
+    if out.exists():
+        raise RunError(f"{out} exists; choose another --out or remove it (a run is never overwritten)")
+    ids = [scan.id for scan in bags.scans]
+    predictions = probability_table(bags, result.scored.probabilities, result.folds)
+    attention = attention_table(bags, result.scored.weights, result.folds)
+    with whole_folder(out) as folder:
+        write_text(folder / "config.toml", tomli_w.dumps({"format_version": FORMAT_VERSION, **config}))
+        cohort_table(bags.scans, bags.brain_ml).to_csv(folder / "cohort.csv", index=False)
+        splits = predictions[["scan_id", "subject", "label", "fold"]]
+        splits.to_csv(folder / "splits.csv", index=False)
+        predictions.to_csv(folder / "predictions.csv", index=False)
+        attention.to_csv(folder / "attention.csv", index=False)
+        if baselines is not None:
+            baselines.to_csv(folder / "baselines.csv", index=False)
+        for fold, fitted in enumerate(result.fitted):
+            place = folder / f"fold-{fold}"
+            place.mkdir()
+            shape = {"dim": bags.features.shape[-1], "classes": len(bags.classes)}
+            tensors = {name: t.contiguous() for name, t in fitted.model.state_dict().items()}
+            save_file(tensors, place / "model.safetensors", {"shape": json.dumps(shape), "features": store.digest})
+            lines = [json.dumps(row) for row in fitted.history]
+            write_text(place / "history.jsonl", "\n".join(lines) + "\n")
+            predictions[predictions["fold"] == fold].to_csv(place / "predictions.csv", index=False)
+        write_json(folder / "environment.json", environment(seconds=result.seconds, scans=len(ids)))
+    return open_run(out)
+
+
+def open_run(folder: Path) -> Run:
+    """Open a run folder.
+
+    Raises:
+        RunError: It is not one, is damaged, or was written in another format.
+    """
+    path = folder / "config.toml"
+    if not path.exists():
+        inside = sorted(p.parent for p in folder.glob("*/config.toml")) if folder.is_dir() else []
+        hint = f"; did you mean {inside[0]}?" if inside else "; make one with `dinoatten3d train`"
+        raise RunError(f"{folder} is not a run folder (it has no config.toml){hint}")
+    try:
+        config = tomllib.loads(path.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RunError(f"{path} is damaged: {error}") from None
+    found = config.get("format_version")
+    if found != FORMAT_VERSION:
+        raise RunError(
+            f"run folder {folder} has format {found}, this program reads {FORMAT_VERSION}; "
+            "train again, or use the version that wrote it"
+        )
+    return Run(folder=folder, config=config)
+
+
+def run_config(
+    *,
+    name: str,
+    recipe_name: str,
+    recipe: Recipe,
+    evaluation: Any,
+    cohort: dict[str, Any],
+    features: dict[str, str],
+) -> dict[str, Any]:
+    """Put together what `config.toml` holds."""
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    return {
+        "run": {
+            "name": name,
+            "created": created,
+            "recipe": recipe_name,
+            "version": __version__,
+            "target": cohort["target"],
+        },
+        "cohort": cohort,
+        "features": features,
+        "recipe": to_dict(recipe),
+        "evaluation": to_dict(evaluation),
+    }
+
+
+def probability_table(bags: Bags, probabilities: NDArray[np.float64], folds: NDArray[np.int64]) -> pd.DataFrame:
+    """Give one row a scan: true class, fold, predicted class and a probability for each class."""
+    names = np.array(bags.classes)
+    table = pd.DataFrame(
+        {
+            "scan_id": [scan.id for scan in bags.scans],
+            "subject": bags.subjects,
+            "label": names[bags.labels.numpy()],
+            "fold": folds,
+            "predicted": names[probabilities.argmax(axis=1)],
+        }
+    )
+    for number, name in enumerate(bags.classes):
+        table[f"p_{name}"] = probabilities[:, number]
+    return table
+
+
+def attention_table(bags: Bags, weights: NDArray[np.float64], folds: NDArray[np.int64]) -> pd.DataFrame:
+    """Give one row a slice with its position and weight."""
+    scan, part = np.nonzero(bags.mask.numpy())
+    return pd.DataFrame(
+        {
+            "scan_id": np.array([s.id for s in bags.scans])[scan],
+            "fold": folds[scan],
+            "label": np.array(bags.classes)[bags.labels.numpy()[scan]],
+            "slice": part,
+            "plane": bags.plane,
+            "position_mm": bags.position_mm[scan, part],
+            "weight": weights[scan, part],
+        }
+    )
+
+
+def cohort_table(scans: Sequence[Scan], brain_ml: NDArray[np.float64]) -> pd.DataFrame:
+    """Give one row a scan with its covariates."""
+    names = ("path", "subject", "label", "session", "site", "age", "sex")
+    table = pd.DataFrame({name: [getattr(scan, name) for scan in scans] for name in names})
+    table["path"] = [str(scan.path.resolve()) for scan in scans]
+    table.insert(0, "scan_id", [scan.id for scan in scans])
+    table["brain_ml"] = brain_ml.round(2)
+    table["sha256"] = [sha256(scan.path) if scan.path.is_file() else "" for scan in scans]
+    return table
+
+
+def environment(**more: Any) -> dict[str, Any]:
+    """Describe the machine and the versions that made a run."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "not installed"
+    return {
+        "dinoatten3d": __version__,
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        **versions,
+        **more,
+    }
+
+
+def _read_model(path: Path, recipe: Recipe) -> SliceAttentionNet:
+    try:
+        with safe_open(path, framework="pt") as file:
+            shape = json.loads(file.metadata()["shape"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, KeyError, TypeError) as error:
+        raise RunError(f"{path} is missing or damaged ({error}); train again") from None
+    model = SliceAttentionNet(
+        dim=shape["dim"],
+        classes=shape["classes"],
+        members=recipe.training.members,
+        config=recipe.model,
+        generator=torch.Generator().manual_seed(0),
+    )
+    model.load_state_dict(tensors)
+    return model.eval()

@@ -1,0 +1,266 @@
+"""Run folder -> `report.html`, one file that can be mailed, printed and read without a network."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import pandas as pd
+from markupsafe import Markup
+
+from dinoatten3d.evaluation.metrics import METRICS
+from dinoatten3d.files import write_text
+from dinoatten3d.report import figures
+from dinoatten3d.report.cases import CaseSlices, choose_cases, png_uri
+from dinoatten3d.report.drawing import to_svg
+from dinoatten3d.report.record import Record, probabilities_of, read_record
+from dinoatten3d.report.slices_figure import attention_profile_figure
+
+__all__ = ["CaseSlices", "choose_cases", "write_report"]
+
+REPORT = "report.html"
+NOTHING = "–"
+HEAVIEST = 4
+"""Slices named for a case."""
+
+
+def write_report(run: Path, *, thumbnails: Mapping[str, CaseSlices] | None = None) -> Path:
+    """Write the report of a finished run into its folder.
+
+    Args:
+        run: The run folder.
+        thumbnails: Pictures by scan id for the cases that `choose_cases` names; without them the report lists
+            the slices by position alone.
+
+    Returns:
+        Path of `report.html`. It holds everything it shows, and the same run gives the same bytes.
+
+    Raises:
+        RunError: The run folder is missing, unfinished, damaged or of another format.
+    """
+    record = read_record(run)
+    page = (
+        _templates()
+        .get_template("report.html.j2")
+        .render(
+            run=record.config["run"],
+            config=record.config,
+            metrics=record.metrics,
+            classes=record.classes,
+            columns=METRICS,
+            model=_model(record),
+            baselines=_baselines(record),
+            best=_best_baseline(record),
+            cohort=_cohort_rows(record.cohort, record.classes),
+            figures=_draw(record),
+            cases=_case_rows(record, thumbnails or {}),
+            audit=_audit(record),
+            environment=record.environment,
+        )
+    )
+    target = record.folder / REPORT
+    write_text(target, page)
+    return target
+
+
+def _templates() -> jinja2.Environment:
+    templates = jinja2.Environment(
+        loader=jinja2.PackageLoader("dinoatten3d.report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    templates.filters |= {"number": number, "interval": interval, "plain": plain, "duration": duration}
+    return templates
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """Write a figure with a true minus sign; what is unknown is an en dash."""
+    if value is None or not math.isfinite(value):
+        return NOTHING
+    return f"{value:.{digits}f}".replace("-", "\N{MINUS SIGN}")
+
+
+def interval(estimate: Mapping[str, float | None] | None) -> str:
+    """Write `low to high` of an estimate, or nothing where it has no interval."""
+    low, high = (number((estimate or {}).get(end)) for end in ("low", "high"))
+    return "" if NOTHING in (low, high) else f"{low}\N{EN DASH}{high}"
+
+
+def plain(value: Any) -> str:
+    """Write a value of a configuration as a person would."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(plain(item) for item in value) or "none"
+    if isinstance(value, float):
+        return f"{value:g}".replace("-", "\N{MINUS SIGN}")
+    return NOTHING if value is None or value == "" else str(value)
+
+
+def duration(seconds: float) -> str:
+    """Write seconds as `4 min 12 s`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    parts = [f"{hours} h"] * bool(hours) + [f"{minutes} min"] * bool(minutes or hours) + [f"{rest} s"]
+    return " ".join(parts[:2] if hours else parts)
+
+
+def _model(record: Record) -> dict[str, Any]:
+    return next(model for model in record.metrics["models"] if model["role"] == "model")
+
+
+def _baselines(record: Record) -> list[dict[str, Any]]:
+    return [model for model in record.metrics["models"] if model["role"] == "baseline"]
+
+
+def _best_baseline(record: Record) -> dict[str, Any] | None:
+    """The baseline of highest AUROC, which the model has to beat."""
+    known = [model for model in _baselines(record) if _auroc(model) is not None]
+    return max(known, key=lambda model: float(_auroc(model) or 0), default=None)
+
+
+def _auroc(model: Mapping[str, Any]) -> float | None:
+    return (model["pooled"].get("auroc") or {}).get("value")
+
+
+def _cohort_rows(cohort: pd.DataFrame, classes: list[str]) -> list[dict[str, Any]]:
+    """Describe each class and all of them; age and sex count each subject once, brain volume each scan."""
+    groups = [(name, cohort[cohort["label"] == name]) for name in classes]
+    rows = []
+    for name, scans in [*groups, ("all", cohort[cohort["label"].isin(classes)])]:
+        subjects = scans.drop_duplicates("subject")
+        rows.append(
+            {
+                "name": name,
+                "scans": len(scans),
+                "subjects": len(subjects),
+                "age": _mean_sd(subjects, "age"),
+                "sex": _counts(subjects, "sex"),
+                "brain": _mean_sd(scans, "brain_ml"),
+                "site": _counts(scans, "site"),
+            }
+        )
+    return rows
+
+
+def _mean_sd(table: pd.DataFrame, column: str) -> str:
+    known = table[column].dropna() if column in table else pd.Series(dtype=float)
+    if known.empty:
+        return NOTHING
+    text = f"{known.mean():.0f} ± {known.std(ddof=1):.0f}" if len(known) > 1 else f"{known.mean():.0f}"
+    return text if len(known) == len(table) else f"{text} (of {len(known)})"
+
+
+def _counts(table: pd.DataFrame, column: str, most: int = 5) -> str:
+    """Count the values of a column, `12 f, 10 m`; the rarest are summed up."""
+    values = [value or "unknown" for value in table[column]] if column in table else []
+    if set(values) <= {"unknown"}:
+        return NOTHING
+    counts = pd.Series(values).value_counts().sort_index().sort_values(ascending=False, kind="stable")
+    shown = [f"{count} {value}" for value, count in counts[:most].items()]
+    left = len(counts) - most
+    return ", ".join([*shown, f"{counts[most:].sum()} in {left} more"] if left > 0 else shown)
+
+
+def _case_rows(record: Record, thumbnails: Mapping[str, CaseSlices]) -> list[dict[str, Any]]:
+    """The chosen cases with their heaviest slices, as pictures where there are any."""
+    attention = dict(list(record.attention.groupby("scan_id")))
+    rows = []
+    for case in choose_cases(record.predictions, record.classes).to_dict("records"):
+        weights = attention.get(case["scan_id"], record.attention[:0])
+        pictures = thumbnails.get(case["scan_id"])
+        if pictures is None:
+            heavy = weights.nlargest(HEAVIEST, "weight")
+            place, weight, uris = heavy["position_mm"], heavy["weight"], [""] * len(heavy)
+        else:
+            order = np.argsort(-pictures.weights, kind="stable")[:HEAVIEST]
+            place, weight = pictures.position_mm[order], pictures.weights[order]
+            uris = [png_uri(pictures.pixels[index]) for index in order]
+        slices = [
+            {"mm": mm, "percent": 100 * share, "times": share * len(weights), "uri": uri}
+            for mm, share, uri in zip(place, weight, uris, strict=True)
+        ]
+        rows.append({str(key): value for key, value in case.items()} | {"slices": slices})
+    return rows
+
+
+def _audit(record: Record) -> dict[str, Any]:
+    """What the folder itself proves about leakage: checked here, not copied from a promise."""
+    folds_of_subject = record.splits.groupby("subject")["fold"].nunique()
+    predicted = record.predictions["scan_id"]
+    sites = set(record.cohort["site"]) - {""} if "site" in record.cohort else set()
+    labelled = record.cohort[record.cohort["label"].isin(record.classes)]
+    return {
+        "leaking": int((folds_of_subject > 1).sum()),
+        "twice": int(predicted.duplicated().sum()),
+        "unpredicted": int((~labelled["scan_id"].isin(predicted)).sum()),
+        "sites": len(sites),
+        "smallest": min(record.metrics["class_counts"].values()),
+    }
+
+
+def _draw(record: Record) -> dict[str, Markup]:
+    """All figures of the report by name; `loss` is absent where no history was kept."""
+    classes, models = record.classes, record.metrics["models"]
+    labels, probabilities = probabilities_of(record.predictions, classes)
+    rankings = _rankings(record, labels, probabilities)
+    chance = record.metrics["chance"].get("auroc")
+    model = _model(record)
+    ordered = [model, *_baselines(record)]
+    named = _sentence((m["name"], _auroc(m)) for m in models)
+    drawn = {
+        "roc": (figures.roc_figure(rankings), f"ROC curves. AUROC: {named}."),
+        "precision_recall": (
+            figures.precision_recall_figure(rankings),
+            f"Precision-recall curves of {', '.join(ranking.name for ranking in rankings)}.",
+        ),
+        "calibration": (
+            figures.calibration_figure(labels, probabilities, classes),
+            "Share of true positives against predicted probability, and how many scans each bin holds.",
+        ),
+        "confusion": (
+            figures.confusion_figure(np.array(model["confusion"]), classes),
+            f"Confusion matrix, true class by predicted class ({', '.join(classes)}): {model['confusion']}.",
+        ),
+        "folds": (
+            figures.folds_figure({m["name"]: [f.get("auroc") for f in m["folds"]] for m in ordered}, chance),
+            f"AUROC of each fold. Of the model: {', '.join(number(f.get('auroc')) for f in model['folds'])}.",
+        ),
+        "forest": (
+            figures.forest_figure({m["name"]: m["pooled"].get("auroc") or {} for m in ordered}, chance),
+            f"Pooled AUROC with interval of the model and the baselines: {named}; chance {number(chance)}.",
+        ),
+        "attention": (
+            attention_profile_figure(record.attention, classes),
+            "Mean slice weight of each class against position in mm, with its standard deviation.",
+        ),
+    }
+    if record.history[["train_loss", "validation_loss"]].notna().any(axis=None):
+        epochs = record.history["epoch"].max()
+        caption = f"Training and inner validation loss of every fold over {epochs:.0f} epochs at most."
+        drawn["loss"] = (figures.loss_figure(record.history), caption)
+    return {name: to_svg(figure, name, text) for name, (figure, text) in drawn.items()}
+
+
+def _rankings(record: Record, labels: np.ndarray, probabilities: np.ndarray) -> list[figures.Ranking]:
+    """The model and its best baseline; of more than two classes, each against the rest."""
+    classes = record.classes
+    if len(classes) > 2:
+        return [figures.Ranking(name, labels == k, probabilities[:, k]) for k, name in enumerate(classes)]
+    rankings = [figures.Ranking(_model(record)["name"], labels == 1, probabilities[:, 1])]
+    best = _best_baseline(record)
+    rows = record.baselines[record.baselines["model"] == best["name"]] if best else record.baselines[:0]
+    if len(rows):
+        baseline_labels, baseline = probabilities_of(rows, classes)
+        rankings.append(figures.Ranking(str(best and best["name"]), baseline_labels == 1, baseline[:, 1]))
+    return rankings
+
+
+def _sentence(values: Iterable[tuple[str, float | None]]) -> str:
+    return ", ".join(f"{name} {number(value)}" for name, value in values)

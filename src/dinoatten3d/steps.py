@@ -1,0 +1,130 @@
+"""The steps that commands are made of, one above the rooms: each reads a folder and writes a folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from dinoatten3d.config import EvaluationConfig, Recipe, SliceConfig, from_dict, to_dict
+from dinoatten3d.data.cohort import Cohort, stem
+from dinoatten3d.data.slices import take_slices
+from dinoatten3d.data.volume import load_volume
+from dinoatten3d.errors import DinoAtten3DError, RunError
+from dinoatten3d.evaluation.controls import run_baselines
+from dinoatten3d.evaluation.judge import judge
+from dinoatten3d.features.store import FeatureStore
+from dinoatten3d.files import whole_folder, write_text
+from dinoatten3d.inference.explain import explain, slice_weight_map
+from dinoatten3d.inference.predict import Prediction
+from dinoatten3d.learning.bags import load_bags
+from dinoatten3d.learning.fit import cross_validate
+from dinoatten3d.learning.run import Run, open_run, run_config, write_run
+from dinoatten3d.report.cases import CaseSlices, choose_cases
+from dinoatten3d.report.html import write_report
+from dinoatten3d.report.slices_figure import slice_weights_figure
+
+Progress = Callable[[int, int], None]
+PICTURES = 4
+"""Slices shown for a case of the report."""
+
+
+def train_run(
+    cohort: Cohort,
+    store: FeatureStore,
+    out: Path,
+    *,
+    recipe: Recipe,
+    recipe_name: str,
+    evaluation: EvaluationConfig,
+    note: str = "",
+    progress: Progress = lambda done, total: None,
+) -> Run:
+    """Cross-validate a recipe and its baselines on a cohort, and leave a run folder with its report.
+
+    Raises:
+        RunError: `out` exists.
+        FeatureError, CohortError: The features or the classes do not allow it.
+    """
+    if out.exists():
+        raise RunError(f"{out} exists; choose another --out or remove it (a run is never overwritten)")
+    bags = load_bags(cohort, store)
+    result = cross_validate(bags, recipe, evaluation, progress=progress)
+    config = run_config(
+        name=out.name,
+        recipe_name=recipe_name,
+        recipe=replace(recipe, slices=store.slices),
+        evaluation=evaluation,
+        cohort={
+            "path": str(cohort.source.resolve()),
+            "target": cohort.target,
+            "classes": list(cohort.classes),
+            "synthetic": bool(note),
+            "note": note,
+        },
+        features={
+            "folder": str(store.folder.resolve()),
+            "digest": store.digest,
+            "backbone": store.backbone["name"],
+            "weights": store.backbone["title"],
+            "backbone_identity": dict(store.backbone),
+            "slices": to_dict(store.slices),
+        },
+    )
+    baselines = run_baselines(bags, result.folds)
+    run = write_run(out, bags, result, store=store, config=config, baselines=baselines)
+    report_run(run.folder)
+    return run
+
+
+def report_run(folder: Path) -> Path:
+    """Compute the figures of a run and write its report, with pictures where the scans are still in place."""
+    run = open_run(folder)
+    judge(run)
+    return write_report(folder, thumbnails=_case_pictures(run))
+
+
+def explain_scan(prediction: Prediction, out: Path) -> Path:
+    """Write a scan's explanation into the folder `out/<scan>`: weights.csv, slices.png, weights.nii.gz, prediction.json."""
+    target = out / stem(prediction.scan)
+    if target.exists():
+        raise RunError(f"{target} exists; choose another --out or remove it")
+    with whole_folder(target) as folder:
+        explain(prediction).to_csv(folder / "weights.csv", index=False)
+        slice_weight_map(prediction).to_filename(folder / "weights.nii.gz")
+        chance = ", ".join(f"{n} {p:.2f}" for n, p in zip(prediction.classes, prediction.probabilities, strict=True))
+        picture = slice_weights_figure(
+            prediction.slices.pixels,
+            prediction.slices.position_mm,
+            prediction.slice_weights,
+            title=f"{stem(prediction.scan)}: {chance}",
+        )
+        (folder / "slices.png").write_bytes(picture)
+        write_text(folder / "prediction.json", json.dumps(prediction.to_dict(), indent=1) + "\n")
+    return target
+
+
+def _case_pictures(run: Run) -> dict[str, CaseSlices]:
+    """Cut the heaviest slices of the report's cases; a scan that has moved has no pictures."""
+    cases = choose_cases(run.table("predictions.csv"), run.classes)
+    paths = run.table("cohort.csv").set_index("scan_id")["path"]
+    attention = run.table("attention.csv")
+    config = from_dict(SliceConfig, run.config["features"]["slices"], "config.toml")
+    pictures = {}
+    for scan_id in cases["scan_id"]:
+        weights = attention[attention["scan_id"] == scan_id].sort_values("slice")
+        try:
+            slices = take_slices(load_volume(paths[scan_id]), config)
+        except DinoAtten3DError:
+            continue
+        heaviest = np.sort(np.argsort(-weights["weight"].to_numpy(), kind="stable")[:PICTURES])
+        pictures[scan_id] = CaseSlices(
+            scan_id=scan_id,
+            pixels=slices.pixels[heaviest],
+            position_mm=slices.position_mm[heaviest],
+            weights=weights["weight"].to_numpy()[heaviest],
+        )
+    return pictures
