@@ -31,9 +31,7 @@ def study(
     return labels, labels * np.sqrt(2) * norm.ppf(auroc) + noise, subjects
 
 
-def coverage(
-    draws: int, seed: int, n_subjects: int, prevalence: float, auroc: float, scans: int
-) -> dict[str, float]:
+def coverage(draws: int, seed: int, n_subjects: int, prevalence: float, auroc: float, scans: int) -> dict[str, float]:
     """Share of studies whose interval holds the true AUROC, for each kind of interval."""
     held: dict[str, list[bool]] = {"DeLong (logit)": [], "bootstrap": [], "scans": []}
     for generator in np.random.default_rng(seed).spawn(draws):

@@ -40,9 +40,7 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def phantoms(tmp_path_factory: pytest.TempPathFactory) -> DemoCohort:
-    return make_phantom_cohort(
-        tmp_path_factory.mktemp("phantom") / "made", config=PhantomConfig(scans=6, seed=1)
-    )
+    return make_phantom_cohort(tmp_path_factory.mktemp("phantom") / "made", config=PhantomConfig(scans=6, seed=1))
 
 
 @pytest.fixture(scope="module")
@@ -55,13 +53,9 @@ def brains(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for index in range(8):
         radii = np.array([17, 21, 17]) * (0.8 if index % 2 else 1.0)
         inside = np.linalg.norm(grid / radii, axis=-1) < 1
-        image = stored_image(
-            (inside * 100).astype(np.uint8), affine, tuple(("RAS", "LPS", "PSR")[index % 3]), 2.5
-        )
+        image = stored_image((inside * 100).astype(np.uint8), affine, tuple(("RAS", "LPS", "PSR")[index % 3]), 2.5)
         nib.save(image, folder / f"sub-{index}_T1w.nii.gz")
-        rows.append(
-            {"participant_id": f"sub-{index}", "age": 30 + index, "gender": "fm"[index % 2], "group": "x"}
-        )
+        rows.append({"participant_id": f"sub-{index}", "age": 30 + index, "gender": "fm"[index % 2], "group": "x"})
     pd.DataFrame(rows).to_csv(folder / "participants.tsv", sep="\t", index=False)
     return folder
 
@@ -76,9 +70,7 @@ def lesions(tmp_path_factory: pytest.TempPathFactory) -> Path:
         side = "left" if index % 2 else "right"
         centre_mm = [-30 if side == "left" else 30, -40 + 6 * index, 20]
         ball = np.linalg.norm(grid - centre_mm, axis=-1) < 14 + index / 2
-        nib.save(
-            stored_image(ball.astype(np.uint8), affine, ("L", "A", "S")), folder / f"{side}-{index}.nii.gz"
-        )
+        nib.save(stored_image(ball.astype(np.uint8), affine, ("L", "A", "S")), folder / f"{side}-{index}.nii.gz")
     return folder
 
 
@@ -121,19 +113,13 @@ def test_the_truth_table_agrees_with_the_masks(kind: str, request: pytest.Fixtur
     cohort: DemoCohort = request.getfixturevalue(kind)
     root = cohort.truth.parent
     truth = truth_of(cohort)
-    assert (
-        truth.loc[truth["diagnosis"] == "healthy", ["intensity", "mask", "side", "z_low_mm"]]
-        .isna()
-        .all(axis=None)
-    )
+    assert truth.loc[truth["diagnosis"] == "healthy", ["intensity", "mask", "side", "z_low_mm"]].isna().all(axis=None)
     for row in truth[truth["diagnosis"] == "lesion"].itertuples():
         scan, mask = nib.load(root / "scans" / f"{row.scan}.nii.gz"), nib.load(root / row.mask)
         assert np.array_equal(scan.affine, mask.affine)
         assert scan.shape == mask.shape
         lesion, affine = canonical(root / row.mask)
-        assert lesion.sum() * abs(np.linalg.det(affine[:3, :3])) / 1000 == pytest.approx(
-            row.lesion_ml, abs=1e-3
-        )
+        assert lesion.sum() * abs(np.linalg.det(affine[:3, :3])) / 1000 == pytest.approx(row.lesion_ml, abs=1e-3)
         assert not (lesion.astype(bool) & (canonical(root / "scans" / f"{row.scan}.nii.gz")[0] == 0)).any()
         z_mm = np.linspace(row.z_low_mm - 30, row.z_high_mm + 30, 200)
         cut = lesion_area_mm2(mask, "axial", z_mm, 0.01) > 0
@@ -157,13 +143,9 @@ def test_implanted_lesions_keep_their_hemisphere(brains: Path, lesions: Path, tm
         assert set(truth_of(cohort)["side"].dropna()) == {side}
 
 
-def test_an_implanted_brain_differs_from_its_source_in_the_lesion_only(
-    brains: Path, implanted: DemoCohort
-) -> None:
+def test_an_implanted_brain_differs_from_its_source_in_the_lesion_only(brains: Path, implanted: DemoCohort) -> None:
     for row in truth_of(implanted).itertuples():
-        scan, source = (
-            nib.load(f / f"{row.scan}.nii.gz") for f in (implanted.table.parent / "scans", brains)
-        )
+        scan, source = (nib.load(f / f"{row.scan}.nii.gz") for f in (implanted.table.parent / "scans", brains))
         assert np.allclose(scan.affine, source.affine)
         assert scan.get_data_dtype() == np.int16
         assert float(scan.dataobj.slope) == pytest.approx(250 / 4000)
@@ -203,9 +185,7 @@ def test_normalised_brains_all_fill_the_same_box(brains: Path, lesions: Path, tm
     assert np.ptp(boxes, axis=0).max() <= 2
 
 
-def test_the_seed_decides_every_byte(
-    phantoms: DemoCohort, brains: Path, lesions: Path, tmp_path: Path
-) -> None:
+def test_the_seed_decides_every_byte(phantoms: DemoCohort, brains: Path, lesions: Path, tmp_path: Path) -> None:
     again = make_phantom_cohort(tmp_path / "phantom", config=PhantomConfig(scans=6, seed=1))
     assert bytes_of(again.table.parent) == bytes_of(phantoms.table.parent)
     first, same, other = (
@@ -298,9 +278,7 @@ def test_an_impossible_phantom_is_refused(wrong: dict[str, object]) -> None:
         PhantomConfig(**wrong)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"seed": -1}, {"volume_ml": (0, 5)}, {"intensity": (0.5, 1.5)}, {"edge_mm": -1}]
-)
+@pytest.mark.parametrize("wrong", [{"seed": -1}, {"volume_ml": (0, 5)}, {"intensity": (0.5, 1.5)}, {"edge_mm": -1}])
 def test_an_impossible_implant_is_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         ImplantConfig(**wrong)  # type: ignore[arg-type]

@@ -34,7 +34,8 @@ def predictions(seed: int, n: int = 60, n_classes: int = 2, digits: int = 2) -> 
     logits = generator.normal(size=(n, n_classes)) + np.eye(n_classes)[labels]
     probabilities = softmax(logits, axis=1).round(digits)
     probabilities[:, 0] = 1 - probabilities[:, 1:].sum(axis=1)
-    return labels, probabilities.clip(0, 1)
+    probabilities = probabilities.clip(0, 1)
+    return labels, probabilities / probabilities.sum(axis=1, keepdims=True)
 
 
 seeds = st.integers(0, 10_000)
@@ -209,9 +210,7 @@ def test_conformal_sets_cover_each_class_even_the_rare_one() -> None:
     covered: dict[int, list[float]] = {0: [], 1: []}
     for _ in range(200):
         labels = (generator.uniform(size=400) < 0.15).astype(int)
-        positive = 1 / (
-            1 + np.exp(3 - 2 * labels - generator.normal(size=400))
-        )  # badly calibrated on purpose
+        positive = 1 / (1 + np.exp(3 - 2 * labels - generator.normal(size=400)))  # badly calibrated on purpose
         probabilities = np.column_stack([1 - positive, positive])
         sets = conformal_sets(labels[:200], probabilities[:200], probabilities[200:], alpha=0.1)
         for k, shares in covered.items():

@@ -37,9 +37,7 @@ seeds = st.integers(0, 10_000)
 def predictions(seed: int, n: int = 40, n_classes: int = 2, digits: int = 1) -> tuple[np.ndarray, np.ndarray]:
     """Labels with two or more of every class and probabilities that know something; few digits make ties."""
     generator = np.random.default_rng(seed)
-    labels = np.concatenate(
-        [np.repeat(np.arange(n_classes), 2), generator.integers(0, n_classes, n - 2 * n_classes)]
-    )
+    labels = np.concatenate([np.repeat(np.arange(n_classes), 2), generator.integers(0, n_classes, n - 2 * n_classes)])
     logits = generator.normal(size=(n, n_classes)) + 1.2 * np.eye(n_classes)[labels]
     probabilities = softmax(logits, axis=1).round(digits)
     probabilities[:, 0] = 1 - probabilities[:, 1:].sum(axis=1)
@@ -115,9 +113,7 @@ def test_an_interval_stays_within_0_and_1_and_a_perfect_one_keeps_its_width() ->
     certain = np.eye(2)[labels]
     for name, interval in bootstrap_intervals(labels, certain, np.arange(20), seed=0).items():
         assert 0 <= interval.low < interval.high <= 1, name
-        assert interval.high - interval.low == pytest.approx(
-            norm.ppf(0.975) ** 2 / (10 + norm.ppf(0.975) ** 2)
-        )
+        assert interval.high - interval.low == pytest.approx(norm.ppf(0.975) ** 2 / (10 + norm.ppf(0.975) ** 2))
 
 
 @settings(max_examples=30, deadline=None)
@@ -191,9 +187,7 @@ def test_nominal_95_percent_intervals_hold_the_truth_that_often() -> None:
     draws = 300
     for generator in np.random.default_rng(0).spawn(draws):
         labels, scores = binormal(generator, 40, 0.8)
-        drawn = bootstrap_intervals(
-            labels, as_probabilities(scores), np.arange(40), replicates=200, seed=generator
-        )
+        drawn = bootstrap_intervals(labels, as_probabilities(scores), np.arange(40), replicates=200, seed=generator)
         for kind, interval in (("delong", delong_interval(labels, scores)), ("bootstrap", drawn["auroc"])):
             held[kind] += interval.low <= 0.8 <= interval.high
     assert all(0.92 < hits / draws < 0.98 for hits in held.values()), held
@@ -249,9 +243,7 @@ def test_paired_bootstrap_agrees_with_delong_and_finds_a_better_model() -> None:
     assert (drawn.low, drawn.high) == pytest.approx((exact.low, exact.high), abs=0.005)
     assert drawn.low > 0
     assert drawn.p_value < 0.001
-    same = paired_bootstrap_difference(
-        labels, as_probabilities(a), as_probabilities(a), np.arange(300), seed=0
-    )
+    same = paired_bootstrap_difference(labels, as_probabilities(a), as_probabilities(a), np.arange(300), seed=0)
     assert same == (0, 0, 0, 1)
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -14,12 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from cyclopts import App, Parameter
-from cyclopts.config import Dict
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from dinoatten3d import __version__
-from dinoatten3d.config import EvaluationConfig, Recipe, SliceConfig, read_toml, recipe_table
+from dinoatten3d.config import EvaluationConfig, Recipe, SliceConfig
+from dinoatten3d.console import config_layers, progress_bars, say
 from dinoatten3d.errors import DinoAtten3DError, ScanError
 
 if TYPE_CHECKING:
@@ -28,7 +25,6 @@ if TYPE_CHECKING:
 SOME_FAILED = 3
 """Exit code when some scans could not be used and the others were."""
 
-say = Console(stderr=True, highlight=False, soft_wrap=True)
 app = App(
     name="dinoatten3d",
     version=__version__,
@@ -74,7 +70,7 @@ def demo(
     """
     from dinoatten3d.demo.pipeline import run_demo
 
-    with _progress() as bar:
+    with progress_bars() as bar:
         result = run_demo(
             out,
             brains=brains,
@@ -117,7 +113,7 @@ def extract(
 
     table = read_cohort(cohort)
     model = _backbone(backbone or "auto", device)
-    with _progress() as bar:
+    with progress_bars() as bar:
         done = run_extract(table, model, out, slices=slices or SliceConfig(), progress=bar("extracting"))
     if done.embedded == 0 and not done.failed:
         say.print(f"nothing to do: all {done.found} scans have features already")
@@ -159,7 +155,7 @@ def train(
 
     table = read_cohort(cohort, target=target, classes=classes, ignore=ignore)
     store = open_store(features)
-    with _progress() as bar:
+    with progress_bars() as bar:
         run = train_run(
             table,
             store,
@@ -278,7 +274,7 @@ def fetch(name: str = "auto", /) -> None:
 def main() -> None:
     """Run a command; errors that the user can mend are one sentence and exit code 2."""
     try:
-        app.config = _config_layers(sys.argv[1:])
+        app.config = config_layers(sys.argv[1:])
         code = app(result_action="return_value")
     except DinoAtten3DError as error:
         say.print(f"dinoatten3d: {error}", markup=False, style="red")
@@ -291,30 +287,6 @@ def main() -> None:
         say.print(f"dinoatten3d: {error.strerror or error}{where}", markup=False, style="red")
         sys.exit(2)
     sys.exit(code if isinstance(code, int) else 0)
-
-
-def _config_layers(arguments: list[str]) -> list[Dict]:
-    """Lay --config over --recipe over the defaults: the values that options have when they are not given."""
-    layers = []
-    chosen = _option(arguments, "--config")
-    table = read_toml(Path(chosen)) if chosen else {}
-    if chosen:
-        layers.append(Dict(table, use_commands_as_keys=False, source=chosen))
-    if arguments and arguments[0] in ("extract", "train"):
-        recipe = _option(arguments, "--recipe") or str(table.get("recipe", "default"))
-        tables = recipe_table(recipe)
-        kept = {"slices": tables.get("slices", {})} if arguments[0] == "extract" else tables
-        layers.append(Dict(kept, use_commands_as_keys=False, source=f"recipe {recipe}"))
-    return layers
-
-
-def _option(arguments: list[str], name: str) -> str | None:
-    for index, argument in enumerate(arguments):
-        if argument == name and index + 1 < len(arguments):
-            return arguments[index + 1]
-        if argument.startswith(f"{name}="):
-            return argument.partition("=")[2]
-    return None
 
 
 def _backbone(name: str, device: str = "cpu") -> Backbone:
@@ -346,16 +318,3 @@ def _print_verdict(run: Path) -> None:
     print(verdict["headline"])
     for sentence in verdict["sentences"]:
         print(f"  {sentence}")
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[str], Callable[[int, int], None]]]:
-    """Give a function that opens a named bar and returns its `progress(done, total)`."""
-    columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=say) as bars:
-
-        def bar(name: str) -> Callable[[int, int], None]:
-            task = bars.add_task(name, total=None)
-            return lambda done, total: bars.update(task, completed=done, total=total)
-
-        yield bar

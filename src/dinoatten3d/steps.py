@@ -70,6 +70,7 @@ def train_run(
             "digest": store.digest,
             "backbone": store.backbone["name"],
             "weights": store.backbone["title"],
+            "source": store.backbone["source"],
             "backbone_identity": dict(store.backbone),
             "slices": to_dict(store.slices),
         },

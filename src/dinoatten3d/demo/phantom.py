@@ -41,14 +41,14 @@ class PhantomConfig:
     seed: int = 0
     """Decides every draw; the same seed gives the same bytes."""
     lesion_volume_ml: tuple[float, float] = (1.0, 30.0)
-    """Smallest and largest lesion, drawn evenly on a log scale; at most 300 mL."""
-    lesion_intensity: tuple[float, float] = (0.3, 0.8)
+    """Smallest and largest lesion, every volume between as likely; at most 300 mL."""
+    lesion_intensity: tuple[float, float] = (0.05, 0.4)
     """Factor on the tissue's intensity inside a lesion: lower is darker and easier to see; within (0, 1]."""
     edge_mm: float = 1.5
     """Standard deviation of the lesion's soft edge, in mm; >= 0."""
-    deformation_mm: float = 3.0
+    deformation_mm: float = 1.5
     """Standard deviation of the smooth displacement that makes each anatomy its own; 0 to 6 mm."""
-    noise: tuple[float, float] = (0.01, 0.04)
+    noise: tuple[float, float] = (0.005, 0.015)
     """Least and most noise, as a share of the white matter's intensity; > 0."""
 
     def __post_init__(self) -> None:
@@ -140,10 +140,10 @@ def _draw_anatomy(rng: np.random.Generator, config: PhantomConfig) -> Anatomy:
     """Sample the deformed template on a random grid, and give it a contrast of its own."""
     template = mni_brain()
     spacing_mm = rng.permutation([2.0, 2.0, 3.0]) if rng.random() < 0.25 else np.repeat(rng.uniform(1.5, 2.5), 3)
-    tilt_deg = rng.uniform(-6, 6, 3) * (rng.random() < 0.4)
-    turn_deg, shear = rng.uniform(-5, 5, 3), rng.uniform(-0.03, 0.03, (3, 3))
+    tilt_deg = rng.uniform(-4, 4, 3) * (rng.random() < 0.3)
+    turn_deg, shear = rng.uniform(-3, 3, 3), rng.uniform(-0.02, 0.02, (3, 3))
     size = rng.uniform(0.9, 1.1) * rng.uniform(0.96, 1.04, 3)
-    shift_mm, gamma = rng.uniform(-8, 8, 3), rng.uniform(0.8, 1.4)
+    shift_mm, gamma = rng.uniform(-8, 8, 3), rng.uniform(0.9, 1.2)
 
     box_mm = nib.affines.apply_affine(template.affine_ras, voxel_box(template.brain > 0.5))
     fov_mm = (box_mm[1] - box_mm[0]) * 1.25
@@ -174,7 +174,7 @@ def _template_voxels(shape: tuple[int, ...], matrix: NDArray[np.float64]) -> Arr
 
 def _acquire(tissue: Array, anatomy: Anatomy, config: PhantomConfig, rng: np.random.Generator) -> Array:
     """Bias field and Rician noise: what the coil and the receiver add to a brain."""
-    bias = np.exp(rng.uniform(0.05, 0.15) * smooth_field(tissue.shape, anatomy.spacing_mm, 150, rng))
+    bias = np.exp(rng.uniform(0.03, 0.08) * smooth_field(tissue.shape, anatomy.spacing_mm, 150, rng))
     sigma = rng.uniform(*config.noise)
     real, imaginary = rng.standard_normal((2, *tissue.shape), dtype=np.float32) * np.float32(sigma)
     return np.asarray(np.hypot(tissue * bias + real, imaginary), dtype=np.float32)
@@ -182,9 +182,8 @@ def _acquire(tissue: Array, anatomy: Anatomy, config: PhantomConfig, rng: np.ran
 
 def _draw_lesion(anatomy: Anatomy, config: PhantomConfig, rng: np.random.Generator) -> Mask:
     """Draw an irregular blob of a given volume in a random place of the brain."""
-    low, high = np.log(config.lesion_volume_ml)
     voxel_ml = float(np.prod(anatomy.spacing_mm)) / 1000
-    size = max(1, round(float(np.exp(rng.uniform(low, high))) / voxel_ml))
+    size = max(1, round(float(rng.uniform(*config.lesion_volume_ml)) / voxel_ml))
     voxels = np.argwhere(anatomy.brain)
     if size > len(voxels) // 2:
         raise CohortError(f"a lesion of {size * voxel_ml:.0f} mL fills half the brain; lower lesion_volume_ml")

@@ -222,6 +222,7 @@ def delong(
         n_subjects = len(np.unique(member[side]))
         if n_subjects < 2:
             raise RunError("DeLong's variance got one subject in a class; it needs two or more in each")
+        # Both classes get their own small-sample correction; a subject of both keeps their shared error.
         shrink = np.sqrt(n_subjects / (n_subjects - 1)) / side.sum()
         np.add.at(errors, member[side], (placements[:, side] - auroc[:, None]).T * shrink)
     return DeLong(auroc, errors.T @ errors)

@@ -52,6 +52,7 @@ class Backbone:
         return {
             "name": self.weights.name,
             "title": self.weights.title,
+            "source": self.weights.source,
             "sha256": self.weights.sha256,
             "position_table": "official",
         }

@@ -100,7 +100,7 @@ def create_store(
     made_from: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "slices": to_dict(slices),
-        "backbone": {key: value for key, value in backbone.items() if key != "title"},
+        "backbone": {key: value for key, value in backbone.items() if key not in ("title", "source")},
     }
     if layers:
         made_from["layers"] = list(layers)

@@ -59,10 +59,13 @@ class Run:
         return len(list(self.folder.glob("fold-*")))
 
     def table(self, name: str) -> pd.DataFrame:
-        """Read one of the run's tables, with ids as text."""
-        text = dict.fromkeys(("scan_id", "subject", "label", "predicted", "path", "site", "sex", "session"), str)
+        """Read one of the run's tables; ids and names are text, and a class may be called NA."""
+        text = ("scan_id", "subject", "label", "predicted", "path", "site", "sex", "session", "model", "sha256")
+        missing = {"age": ["", "nan"], "brain_ml": ["", "nan"]}
         try:
-            return pd.read_csv(self.folder / name, dtype=text)
+            return pd.read_csv(
+                self.folder / name, dtype=dict.fromkeys(text, str), keep_default_na=False, na_values=missing
+            )
         except (OSError, ValueError) as error:
             raise RunError(f"{self.folder / name} cannot be read ({error}); train again") from None
 
@@ -151,7 +154,7 @@ def run_config(
     recipe: Recipe,
     evaluation: Any,
     cohort: dict[str, Any],
-    features: dict[str, str],
+    features: dict[str, Any],
 ) -> dict[str, Any]:
     """Put together what `config.toml` holds."""
     created = datetime.now(UTC).isoformat(timespec="seconds")

@@ -177,8 +177,8 @@ def loss_figure(history: pd.DataFrame) -> Figure:
         history: Columns fold, member, epoch, train_loss, validation_loss, chosen; losses may be NaN.
     """
     folds = list(dict.fromkeys(history["fold"]))
-    columns = min(5, len(folds))
-    rows = -(-len(folds) // columns)
+    rows = -(-len(folds) // 5)
+    columns = -(-len(folds) // rows)
     figure = new_figure(9.0, 0.5 + 2.1 * rows)
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
     for panel, fold in zip(panels, folds, strict=False):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import jinja2
 import numpy as np
 import pandas as pd
 from markupsafe import Markup
+from matplotlib.figure import Figure
 
 from dinoatten3d.evaluation.metrics import METRICS
 from dinoatten3d.files import write_text
@@ -25,7 +26,7 @@ __all__ = ["CaseSlices", "choose_cases", "write_report"]
 REPORT = "report.html"
 NOTHING = "–"
 HEAVIEST = 4
-"""Slices named for a case."""
+"""Slices named for a case that has no pictures."""
 
 
 def write_report(run: Path, *, thumbnails: Mapping[str, CaseSlices] | None = None) -> Path:
@@ -83,7 +84,7 @@ def number(value: float | None, digits: int = 2) -> str:
     """Write a figure with a true minus sign; what is unknown is an en dash."""
     if value is None or not math.isfinite(value):
         return NOTHING
-    return f"{value:.{digits}f}".replace("-", "\N{MINUS SIGN}")
+    return f"{round(value, digits) + 0.0:.{digits}f}".replace("-", "\N{MINUS SIGN}")  # never "-0"
 
 
 def interval(estimate: Mapping[str, float | None] | None) -> str:
@@ -179,9 +180,8 @@ def _case_rows(record: Record, thumbnails: Mapping[str, CaseSlices]) -> list[dic
             heavy = weights.nlargest(HEAVIEST, "weight")
             place, weight, uris = heavy["position_mm"], heavy["weight"], [""] * len(heavy)
         else:
-            order = np.argsort(-pictures.weights, kind="stable")[:HEAVIEST]
-            place, weight = pictures.position_mm[order], pictures.weights[order]
-            uris = [png_uri(pictures.pixels[index]) for index in order]
+            place, weight = pictures.position_mm, pictures.weights
+            uris = [png_uri(picture) for picture in pictures.pixels]
         slices = [
             {"mm": mm, "percent": 100 * share, "times": share * len(weights), "uri": uri}
             for mm, share, uri in zip(place, weight, uris, strict=True)
@@ -207,45 +207,54 @@ def _audit(record: Record) -> dict[str, Any]:
 
 def _draw(record: Record) -> dict[str, Markup]:
     """All figures of the report by name; `loss` is absent where no history was kept."""
-    classes, models = record.classes, record.metrics["models"]
+    drawn = _prediction_figures(record) | _comparison_figures(record)
+    drawn["attention"] = (
+        attention_profile_figure(record.attention, record.classes),
+        "Mean slice weight of each class against position in mm, with its standard deviation.",
+    )
+    if record.history[["train_loss", "validation_loss"]].notna().any(axis=None):
+        epochs = record.history["epoch"].max()
+        caption = f"Training and inner validation loss of every fold against epoch, up to epoch {epochs:.0f}."
+        drawn["loss"] = (figures.loss_figure(record.history), caption)
+    return {name: to_svg(figure, name, text) for name, (figure, text) in drawn.items()}
+
+
+def _prediction_figures(record: Record) -> dict[str, tuple[Figure, str]]:
+    """Figures of the model's own predictions, each with what it shows in words."""
+    classes = record.classes
     labels, probabilities = probabilities_of(record.predictions, classes)
     rankings = _rankings(record, labels, probabilities)
-    chance = record.metrics["chance"].get("auroc")
-    model = _model(record)
-    ordered = [model, *_baselines(record)]
-    named = _sentence((m["name"], _auroc(m)) for m in models)
-    drawn = {
-        "roc": (figures.roc_figure(rankings), f"ROC curves. AUROC: {named}."),
-        "precision_recall": (
-            figures.precision_recall_figure(rankings),
-            f"Precision-recall curves of {', '.join(ranking.name for ranking in rankings)}.",
-        ),
+    shown = ", ".join(ranking.name for ranking in rankings)
+    counts = _model(record)["confusion"]
+    return {
+        "roc": (figures.roc_figure(rankings), f"ROC curves of {shown}."),
+        "precision_recall": (figures.precision_recall_figure(rankings), f"Precision-recall curves of {shown}."),
         "calibration": (
             figures.calibration_figure(labels, probabilities, classes),
             "Share of true positives against predicted probability, and how many scans each bin holds.",
         ),
         "confusion": (
-            figures.confusion_figure(np.array(model["confusion"]), classes),
-            f"Confusion matrix, true class by predicted class ({', '.join(classes)}): {model['confusion']}.",
-        ),
-        "folds": (
-            figures.folds_figure({m["name"]: [f.get("auroc") for f in m["folds"]] for m in ordered}, chance),
-            f"AUROC of each fold. Of the model: {', '.join(number(f.get('auroc')) for f in model['folds'])}.",
-        ),
-        "forest": (
-            figures.forest_figure({m["name"]: m["pooled"].get("auroc") or {} for m in ordered}, chance),
-            f"Pooled AUROC with interval of the model and the baselines: {named}; chance {number(chance)}.",
-        ),
-        "attention": (
-            attention_profile_figure(record.attention, classes),
-            "Mean slice weight of each class against position in mm, with its standard deviation.",
+            figures.confusion_figure(np.array(counts), classes),
+            f"Confusion matrix, true class by predicted class ({', '.join(classes)}): {counts}.",
         ),
     }
-    if record.history[["train_loss", "validation_loss"]].notna().any(axis=None):
-        epochs = record.history["epoch"].max()
-        caption = f"Training and inner validation loss of every fold over {epochs:.0f} epochs at most."
-        drawn["loss"] = (figures.loss_figure(record.history), caption)
-    return {name: to_svg(figure, name, text) for name, (figure, text) in drawn.items()}
+
+
+def _comparison_figures(record: Record) -> dict[str, tuple[Figure, str]]:
+    """Figures of the model beside its baselines, each with what it shows in words."""
+    models = [_model(record), *_baselines(record)]
+    chance = record.metrics["chance"].get("auroc")
+    pooled = {model["name"]: model["pooled"].get("auroc") or {} for model in models}
+    by_fold = {model["name"]: [fold.get("auroc") for fold in model["folds"]] for model in models}
+    named = ", ".join(f"{name} {number(auroc.get('value'))}" for name, auroc in pooled.items())
+    of_model = ", ".join(number(auroc) for auroc in by_fold[models[0]["name"]])
+    return {
+        "forest": (
+            figures.forest_figure(pooled, chance),
+            f"Pooled AUROC with its interval: {named}; chance {number(chance)}.",
+        ),
+        "folds": (figures.folds_figure(by_fold, chance), f"AUROC of each fold. Of the model: {of_model}."),
+    }
 
 
 def _rankings(record: Record, labels: np.ndarray, probabilities: np.ndarray) -> list[figures.Ranking]:
@@ -255,12 +264,9 @@ def _rankings(record: Record, labels: np.ndarray, probabilities: np.ndarray) -> 
         return [figures.Ranking(name, labels == k, probabilities[:, k]) for k, name in enumerate(classes)]
     rankings = [figures.Ranking(_model(record)["name"], labels == 1, probabilities[:, 1])]
     best = _best_baseline(record)
-    rows = record.baselines[record.baselines["model"] == best["name"]] if best else record.baselines[:0]
+    name = best["name"] if best else ""
+    rows = record.baselines[record.baselines["model"] == name]
     if len(rows):
         baseline_labels, baseline = probabilities_of(rows, classes)
-        rankings.append(figures.Ranking(str(best and best["name"]), baseline_labels == 1, baseline[:, 1]))
+        rankings.append(figures.Ranking(name, baseline_labels == 1, baseline[:, 1]))
     return rankings
-
-
-def _sentence(values: Iterable[tuple[str, float | None]]) -> str:
-    return ", ".join(f"{name} {number(value)}" for name, value in values)

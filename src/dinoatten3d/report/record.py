@@ -33,7 +33,7 @@ class Record:
         cohort: One row a scan.
         splits: scan_id, subject, label, fold.
         predictions: Pooled out-of-fold: scan_id, subject, label, fold, predicted, p_<class>.
-        baselines: The same for every baseline, named in `model`.
+        baselines: The same for every baseline, named in `model`; empty where none was run.
         attention: One row a slice: scan_id, fold, label, slice, plane, position_mm, weight.
         history: One row an epoch: fold, member, epoch, train_loss, validation_loss, chosen; may be empty.
     """
@@ -75,7 +75,7 @@ def read_record(folder: Path) -> Record:
         cohort=_table(folder, "cohort.csv", ("scan_id", "subject", "label")),
         splits=_table(folder, "splits.csv", ("scan_id", "subject", "label", "fold")),
         predictions=_table(folder, "predictions.csv", (*probabilities, "predicted")),
-        baselines=_table(folder, "baselines.csv", ("model", *probabilities)),
+        baselines=_baselines(folder, ("model", *probabilities)),
         attention=_table(folder, "attention.csv", ("scan_id", "label", "plane", "position_mm", "weight")),
         history=_history(folder),
     )
@@ -114,7 +114,11 @@ def _config(folder: Path) -> dict[str, Any]:
 def _metrics(folder: Path) -> dict[str, Any]:
     metrics = _json(folder, "metrics.json")
     _check_format(folder, metrics)
-    if not any(model.get("role") == "model" for model in metrics.get("models", ())):
+    wanted = ("scans", "subjects", "class_counts", "folds", "bootstrap", "models", "chance", "verdict")
+    missing = [name for name in wanted if name not in metrics]
+    if missing:
+        raise RunError(f"{folder / 'metrics.json'} has no entry '{missing[0]}'; train again")
+    if not any(model.get("role") == "model" for model in metrics["models"]):
         raise RunError(f"{folder / 'metrics.json'} names no model with the role 'model'; train again")
     return metrics
 
@@ -153,6 +157,12 @@ def _table(folder: Path, name: str, columns: tuple[str, ...]) -> pd.DataFrame:
         seen = f"no column '{missing[0]}'" if missing else "no rows"
         raise RunError(f"{folder / name} has {seen}; wanted {', '.join(columns)}; train again")
     return table
+
+
+def _baselines(folder: Path, columns: tuple[str, ...]) -> pd.DataFrame:
+    if not (folder / "baselines.csv").exists():
+        return pd.DataFrame(columns=list(columns))
+    return _table(folder, "baselines.csv", columns)
 
 
 def _history(folder: Path) -> pd.DataFrame:

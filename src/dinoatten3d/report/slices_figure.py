@@ -94,8 +94,8 @@ def slice_weights_figure(
     pictures = halves[1].subplots(rows, columns, squeeze=False).ravel()
     for rank, (picture, index) in enumerate(zip(pictures, heaviest, strict=False), start=1):
         picture.imshow(pixels[index], cmap="gray", vmin=0, vmax=255)
-        caption = f"{rank}   {position_mm[index]:.0f} mm   {100 * weights[index]:.1f} %"
-        picture.set_title(caption.replace("-", "\N{MINUS SIGN}"), fontsize=8.5, loc="center")
+        place = f"{round(position_mm[index]):d} mm".replace("-", "\N{MINUS SIGN}")
+        picture.set_title(f"{rank}   {place}   {100 * weights[index]:.1f} %", fontsize=8.5, loc="center")
     for picture in pictures:
         picture.axis("off")
     return save(figure, "png")

@@ -1,0 +1,52 @@
+"""What the command line talks with: messages, progress bars, and options from files."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from cyclopts.config import Dict
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from dinoatten3d.config import read_toml, recipe_table
+
+say = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def config_layers(arguments: list[str]) -> list[Dict]:
+    """Lay --config over --recipe over the defaults: the values that options have when they are not given."""
+    layers = []
+    chosen = _option(arguments, "--config")
+    table = read_toml(Path(chosen)) if chosen else {}
+    if chosen:
+        layers.append(Dict(table, use_commands_as_keys=False, source=chosen))
+    if arguments and arguments[0] in ("extract", "train"):
+        recipe = _option(arguments, "--recipe") or str(table.get("recipe", "default"))
+        tables = recipe_table(recipe)
+        kept = {"slices": tables.get("slices", {})} if arguments[0] == "extract" else tables
+        layers.append(Dict(kept, use_commands_as_keys=False, source=f"recipe {recipe}"))
+    return layers
+
+
+def _option(arguments: list[str], name: str) -> str | None:
+    for index, argument in enumerate(arguments):
+        if argument == name and index + 1 < len(arguments):
+            return arguments[index + 1]
+        if argument.startswith(f"{name}="):
+            return argument.partition("=")[2]
+    return None
+
+
+@contextlib.contextmanager
+def progress_bars() -> Iterator[Callable[[str], Callable[[int, int], None]]]:
+    """Give a function that opens a named bar and returns its `progress(done, total)`."""
+    columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=say) as bars:
+
+        def bar(name: str) -> Callable[[int, int], None]:
+            task = bars.add_task(name, total=None)
+            return lambda done, total: bars.update(task, completed=done, total=total)
+
+        yield bar
