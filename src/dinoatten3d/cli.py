@@ -275,7 +275,7 @@ def main() -> None:
     """Run a command; errors that the user can mend are one sentence and exit code 2."""
     try:
         app.config = config_layers(sys.argv[1:])
-        code = app(result_action="return_value")
+        code = app(sys.argv[1:], result_action="return_value")
     except DinoAtten3DError as error:
         say.print(f"dinoatten3d: {error}", markup=False, style="red")
         sys.exit(error.exit_code)

