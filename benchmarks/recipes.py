@@ -3,7 +3,8 @@
     python benchmarks/recipes.py --brains BRAINS --lesions MASKS --work WORK --draws 0 1 2 --seeds 0 1 2
 
 prints a Markdown table: AUROC (mean and sd over seeds, then over draws), how much of the attention falls on slices
-that hold lesion in units of uniform attention, and how often the heaviest slice holds lesion (both over all lesion scans).
+that hold lesion in units of uniform attention, and how often the heaviest slice holds lesion (both over
+all lesion scans).
 All recipes see the same slices and folds, those of the default recipe, so that only the learning differs.
 """
 
@@ -42,7 +43,9 @@ def main() -> None:
     for contrast in arguments.contrasts:
         for draw in arguments.draws:
             config = replace(PRESETS[contrast], seed=draw)
-            made = implant_cohort(arguments.brains, arguments.lesions, arguments.work / f"{contrast}-{draw}", config=config)
+            made = implant_cohort(
+                arguments.brains, arguments.lesions, arguments.work / f"{contrast}-{draw}", config=config
+            )
             cohort = read_cohort(made.table, target="diagnosis")
             layers = tuple(arguments.layers)
             store = extract(cohort, backbone, arguments.work / "features", slices=slices, layers=layers).store
@@ -80,7 +83,9 @@ def measure(bags: Bags, holds_lesion: np.ndarray, recipes: list[str], folds: int
             }
         )
     for name, table in run_baselines(bags, assigned).groupby("model", sort=False):
-        rows.append({"model": name, "auroc": roc_auc_score(table["label"] == bags.classes[1], table[f"p_{bags.classes[1]}"])})
+        rows.append(
+            {"model": name, "auroc": roc_auc_score(table["label"] == bags.classes[1], table[f"p_{bags.classes[1]}"])}
+        )
     return rows
 
 
@@ -98,12 +103,16 @@ def lesion_slices(bags: Bags, truth: Path) -> np.ndarray:
 def summary(table: pd.DataFrame) -> str:
     """Give a row a model and contrast: the mean over everything, the sd over seeds within a draw, and over draws."""
     lines = [
-        "| contrast | model | AUROC | sd over seeds | range | mass on lesion / uniform | top slice holds lesion | (uniform) | s |",
+        "| contrast | model | AUROC | sd over seeds | range | mass / uniform | top slice hits | (uniform) | s |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for (contrast, model), group in table.groupby(["contrast", "model"], sort=False):
         seeds = group.groupby("draw")["auroc"].std().mean()
-        cells = [f"{group['auroc'].mean():.2f}", f"{seeds:.3f}", f"{group['auroc'].min():.2f}-{group['auroc'].max():.2f}"]
+        cells = [
+            f"{group['auroc'].mean():.2f}",
+            f"{seeds:.3f}",
+            f"{group['auroc'].min():.2f}-{group['auroc'].max():.2f}",
+        ]
         for column, form in (("mass", ".2f"), ("hit", ".0%"), ("uniform", ".0%"), ("seconds", ".1f")):
             value = group[column].mean()
             cells.append("-" if np.isnan(value) else format(value, form))

@@ -15,6 +15,7 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
+
 from dinoatten3d import cli
 from dinoatten3d.data.slices import AXIS
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
 from conftest import shared
 from dinoatten3d.data.cohort import read_cohort
 from dinoatten3d.errors import CohortError
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 
 def table(folder: Path, text: str, *, files: int = 4, name: str = "cohort.csv") -> Path:

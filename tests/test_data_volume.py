@@ -8,11 +8,12 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
 from conftest import head, shared
 from dinoatten3d.data.volume import load_volume
 from dinoatten3d.errors import ScanError
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 AFFINE = np.array([[2.0, 0, 0, -30], [0, 2.5, 0, -40], [0, 0, 3, -50], [0, 0, 0, 1]])
 Save = Callable[..., Path]

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from conftest import head, shared
 from dinoatten3d.config import SliceConfig
 from dinoatten3d.data.cohort import read_cohort

@@ -8,6 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
 from conftest import shared
 from dinoatten3d.config import EvaluationConfig, LossConfig, ModelConfig, Recipe, TrainingConfig, load_recipe
 from dinoatten3d.data.cohort import Scan
@@ -17,9 +21,6 @@ from dinoatten3d.learning.fit import cross_validate, fit_fold, score_bags
 from dinoatten3d.learning.losses import composite_loss, cross_entropy, supcon, within_class_variance
 from dinoatten3d.learning.model import SliceAttentionNet, attend
 from dinoatten3d.learning.splits import inner_folds, outer_folds
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from safetensors.torch import load_file
 
 QUICK = Recipe(
     model=ModelConfig(pca_components=6, attention_width=8),
@@ -200,7 +201,9 @@ def test_a_plain_signal_is_found_and_its_slice_too() -> None:
     right = result.scored.probabilities.argmax(axis=1) == data.labels.numpy()
     assert right.mean() > 0.9
     heaviest = result.scored.weights.argmax(axis=1)
-    assert np.mean([str(slice_) == scan.site for slice_, scan in zip(heaviest, data.scans, strict=True)]) > 0.4  # 0.17 by chance
+    assert (
+        np.mean([str(slice_) == scan.site for slice_, scan in zip(heaviest, data.scans, strict=True)]) > 0.4
+    )  # 0.17 by chance
     np.testing.assert_allclose(result.scored.weights.sum(axis=1), 1, atol=1e-6)
     np.testing.assert_allclose(result.scored.probabilities.sum(axis=1), 1, atol=1e-6)
 

@@ -84,7 +84,8 @@ def demo(
         )
     _print_verdict(result.run)
     print(
-        f"cohort        {result.table}\ntruth         {result.truth}\nfeatures      {result.features}\nrun           {result.run}"
+        f"cohort        {result.table}\ntruth         {result.truth}\n"
+        f"features      {result.features}\nrun           {result.run}"
     )
     for folder in result.explanations:
         print(f"explanation   {folder}")

@@ -36,7 +36,7 @@ class SliceConfig:
     spacing_mm: float | Literal["native", "brain"] = "brain"
     """Distance between slices: a number in mm, 'native' (neighbouring voxels) or 'brain' (spread over its extent)."""
     window: Literal["volume", "slice"] = "volume"
-    """Grey window: 0.5-99.5 % of the brain's intensities for the volume, or each slice from its minimum to its maximum."""
+    """Grey window: the volume's 0.5-99.5 % of brain intensities, or each slice from minimum to maximum."""
     fit: Literal["brain", "array", "published"] = "brain"
     """What fills the picture: the brain's box, the whole array, or the published resize-and-centre-crop."""
     size_px: int = 224
@@ -56,7 +56,7 @@ class ModelConfig:
     """The slice attention and the head on top of it."""
 
     pca_components: int = 24
-    """Features are standardised and reduced to this many principal components of the training scans; 0: left as they are."""
+    """Features are standardised and reduced to this many principal components of the training slices; 0: as they are."""
     attention_width: int = 64
     """Width of the hidden layer that scores a slice."""
     attention_start: Literal["uniform", "random"] = "uniform"

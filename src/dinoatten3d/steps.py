@@ -89,7 +89,7 @@ def report_run(folder: Path) -> Path:
 
 
 def explain_scan(prediction: Prediction, out: Path) -> Path:
-    """Write a scan's explanation into the folder `out/<scan>`: weights.csv, slices.png, weights.nii.gz, prediction.json."""
+    """Explain a scan in the folder `out/<scan>`: weights.csv, slices.png, weights.nii.gz, prediction.json."""
     target = out / stem(prediction.scan)
     if target.exists():
         raise RunError(f"{target} exists; choose another --out or remove it")

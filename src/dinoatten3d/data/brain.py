@@ -50,7 +50,7 @@ def brain_mask(volume: Volume) -> NDArray[np.bool_]:
 def brain_box(volume: Volume) -> BrainBox:
     """Give the brain's bounding box and volume.
 
-    Planes that hold less than 0.2 % of the mask at its ends are left out, so that a few stray voxels do not move the box.
+    End planes that hold less than 0.2 % of the mask are left out, so that a few stray voxels do not move the box.
     """
     mask = brain_mask(volume)
     low, high = [], []

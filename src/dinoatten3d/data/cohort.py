@@ -21,7 +21,7 @@ SUFFIXES = (".nii.gz", ".nii", ".dcm", ".zip")
 class Scan:
     """One row of the table.
 
-    `id` is unique in the cohort; `label` is the class after grouping; `row` is the line in the file, the header being 1.
+    `id` is unique in the cohort, `label` is the class after grouping, `row` the line in the file (the header is 1).
     """
 
     id: str

@@ -25,7 +25,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Extraction:
-    """What an `extract` did: scans embedded now, found from before, and failed (scan id to reason); notes by scan id."""
+    """What an `extract` did: scans embedded, found from before, and failed (scan id to reason); notes by scan id."""
 
     store: FeatureStore
     embedded: int

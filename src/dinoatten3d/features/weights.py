@@ -120,7 +120,7 @@ def known_weights() -> list[tuple[str, str, bool]]:
 
 
 def hub_problem(repository: str) -> str | None:
-    """Say within seconds why the hub cannot be used, or None if it can. Honours HF_HUB_OFFLINE, HF_ENDPOINT, proxies."""
+    """Say within seconds why the hub cannot be used, None if it can. Honours HF_HUB_OFFLINE, HF_ENDPOINT, proxies."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
         return "HF_HUB_OFFLINE is set"
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")

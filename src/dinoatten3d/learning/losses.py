@@ -84,7 +84,7 @@ def within_class_variance(
 ) -> Float[Tensor, " members"]:
     """Squared distance of the L2-normalised embeddings to their class mean, averaged within and then over classes.
 
-    `mean` also averages over the embedding's dimensions, as the published code does, which makes the term too small to act.
+    `mean` also averages over the embedding's dimensions, as published, which makes the term too small to act.
     """
     z = functional.normalize(embedding, dim=-1)
     classes = torch.arange(int(labels.max()) + 1, device=labels.device)

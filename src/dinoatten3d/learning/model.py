@@ -36,7 +36,7 @@ def attend(
     scores: Float[Tensor, "members scans slices"],
     mask: Bool[Tensor, "scans slices"],
 ) -> Pooled:
-    """Pool slices with the softmax of their scores; padded slices weigh nothing (Rafsani et al. 2025, slice attention)."""
+    """Pool slices with the softmax of their scores (Rafsani et al. 2025, slice attention); padding weighs nothing."""
     weights = torch.softmax(scores.masked_fill(~mask, float("-inf")), dim=-1)
     return Pooled(torch.einsum("mns,nsd->mnd", weights, features), weights)
 
