@@ -23,7 +23,7 @@ from dinoatten3d.learning.model import SliceAttentionNet, attend
 from dinoatten3d.learning.splits import inner_folds, outer_folds
 
 QUICK = Recipe(
-    model=ModelConfig(pca_components=6, attention_width=8),
+    model=ModelConfig(attention_width=8),
     training=TrainingConfig(members=3, inner_folds=3, epochs=30, patience=0, learning_rate=1e-2),
 )
 
@@ -82,7 +82,7 @@ def test_the_published_forward_pass_is_reproduced() -> None:
     model.eval()
     bag = golden["model_features"][None]
     mask = torch.ones(1, 50, dtype=torch.bool)
-    out = model(model.reduce(bag), mask)
+    out = model(model.scaled(bag), mask)
     for mine, theirs in ((out.weights, "slice_weights"), (out.embedding, "embedding"), (out.logits, "logits")):
         torch.testing.assert_close(mine[0, 0], golden[f"model_{theirs}"], atol=1e-5, rtol=1e-5)
     pooled = model.attention(bag, mask).feature
@@ -176,7 +176,7 @@ def test_members_trained_together_are_the_members_trained_alone() -> None:
     data = bags()
     include = torch.zeros(3, len(data), dtype=torch.bool)
     include[1] = True
-    out = model(model.reduce(data.features), data.mask)
+    out = model(model.scaled(data.features), data.mask)
     composite_loss(out.logits, out.embedding, data.labels, include, LossConfig()).total.sum().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name

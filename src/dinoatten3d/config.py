@@ -55,8 +55,8 @@ class SliceConfig:
 class ModelConfig:
     """The slice attention and the head on top of it."""
 
-    pca_components: int = 24
-    """Features are standardised and reduced to this many principal components of the training slices; 0: as they are."""
+    standardise: bool = True
+    """Centre and scale each feature by the mean-pooled training scans: by how people differ, not by how slices do."""
     attention_width: int = 64
     """Width of the hidden layer that scores a slice."""
     attention_start: Literal["uniform", "random"] = "uniform"
@@ -71,7 +71,6 @@ class ModelConfig:
     """Chance that a slice is left out of a training bag, 0 to below 1."""
 
     def __post_init__(self) -> None:
-        _at_least("model.pca_components", self.pca_components, 0)
         _at_least("model.attention_width", self.attention_width, 1)
         for name in ("dropout", "slice_dropout"):
             if not 0 <= getattr(self, name) < 1:

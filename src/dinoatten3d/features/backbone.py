@@ -25,7 +25,7 @@ BATCH = 12
 class Tokens(NamedTuple):
     """What the backbone says of n slices.
 
-    `cls` is `[n, dim]` after the final norm. `patches` maps a layer to `[n, rows, columns, dim]`, the last layer's after
+    `cls` is `[n, dim]` after the final norm. `patches` maps a layer to `[n, rows, columns, dim]`, the last's after
     the final norm, the others as they leave their block. `attention` is the last block's from CLS to the patches,
     mean over heads.
     """

@@ -113,7 +113,7 @@ def predict(run: Run, scan: Path, backbone: Backbone) -> Prediction:
     by_fold, weights = [], []
     with torch.no_grad():
         for model in models:
-            out = model(model.reduce(bag), mask)
+            out = model(model.scaled(bag), mask)
             by_fold.append(torch.softmax(out.logits.double(), dim=-1).mean(dim=0)[0].numpy())
             weights.append(out.weights.double().mean(dim=0)[0].numpy())
     return Prediction(

@@ -124,8 +124,8 @@ def fit_fold(
         generator=generator,
     )
     fitted_on = (~validate).any(dim=0)
-    model.fit_reduction(bags.features[fitted_on], bags.mask[fitted_on])
-    reduced = model.reduce(bags.features)
+    model.fit_scaling(bags.features[fitted_on], bags.mask[fitted_on])
+    scaled = model.scaled(bags.features)
     class_weights = _class_weights(bags, ~validate) if recipe.loss.class_weights else None
     trained = model.embedding if training.trained == "embedding" else model
     optimiser = torch.optim.AdamW(trained.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay)
@@ -135,7 +135,7 @@ def fit_fold(
         model.train()
         total, batches = torch.zeros(training.members), 0
         for batch in _batches(torch.nonzero(fitted_on).squeeze(1), training.batch_size, generator):
-            out = model(reduced[batch], bags.mask[batch], generator)
+            out = model(scaled[batch], bags.mask[batch], generator)
             terms = composite_loss(
                 out.logits, out.embedding, bags.labels[batch], ~validate[:, batch], recipe.loss, class_weights
             )
@@ -143,7 +143,7 @@ def fit_fold(
             terms.total.sum().backward()
             optimiser.step()
             total, batches = total + terms.total.detach(), batches + 1
-        loss, accuracy = _validation(model, reduced, bags, validate, class_weights)
+        loss, accuracy = _validation(model, scaled, bags, validate, class_weights)
         # accuracy moves in steps; the loss decides between equal ones
         figure = loss if training.checkpoint == "loss" else -accuracy + 1e-4 * loss
         watch.see(epoch, figure)
@@ -170,7 +170,7 @@ def score_bags(model: SliceAttentionNet, bags: Bags) -> Scored:
     """Give mean probabilities and slice weights of the members for each bag."""
     model.eval()
     with torch.no_grad():
-        out = model(model.reduce(bags.features), bags.mask)
+        out = model(model.scaled(bags.features), bags.mask)
     return Scored(
         probabilities=torch.softmax(out.logits.double(), dim=-1).mean(dim=0).numpy(),
         weights=out.weights.double().mean(dim=0).numpy(),
@@ -200,12 +200,12 @@ class _BestEpoch:
 
 
 def _validation(
-    model: SliceAttentionNet, reduced: Tensor, bags: Bags, validate: Tensor, class_weights: Tensor | None
+    model: SliceAttentionNet, scaled: Tensor, bags: Bags, validate: Tensor, class_weights: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Give cross-entropy and accuracy of each member on its own validation scans."""
     model.eval()
     with torch.no_grad():
-        logits = model(reduced, bags.mask).logits
+        logits = model(scaled, bags.mask).logits
     loss = cross_entropy(logits, bags.labels, validate, class_weights)
     right = (logits.argmax(dim=-1) == bags.labels) & validate
     return loss, right.sum(dim=1) / validate.sum(dim=1)

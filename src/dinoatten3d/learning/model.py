@@ -95,63 +95,50 @@ class EmbeddingHead(nn.Module):
 
 
 class SliceAttentionNet(nn.Module):
-    """Reduction, slice attention, embedding head and linear classifier.
-
-    The reduction `(x - mean) @ basis` holds the standardisation and principal components of the training scans; it is
-    set once by `fit_reduction` and never trained.
-    """
+    """Scaling, slice attention, embedding head and linear classifier; `fit_scaling` is called once, before training."""
 
     mean: Tensor
-    basis: Tensor
+    scale: Tensor
 
     def __init__(
         self, *, dim: int, classes: int, members: int, config: ModelConfig, generator: torch.Generator
     ) -> None:
         super().__init__()
-        reduced = min(config.pca_components, dim) or dim
         self.config = config
         self.register_buffer("mean", torch.zeros(dim))
-        self.register_buffer("basis", torch.eye(dim)[:, :reduced])
+        self.register_buffer("scale", torch.ones(dim))
         uniform = config.attention_start == "uniform"
-        self.attention = SliceAttention(members, reduced, config.attention_width, uniform=uniform, generator=generator)
-        self.embedding = EmbeddingHead(members, reduced, config, generator)
+        self.attention = SliceAttention(members, dim, config.attention_width, uniform=uniform, generator=generator)
+        self.embedding = EmbeddingHead(members, dim, config, generator)
         self.classifier = MemberLinear(members, self.embedding.width, classes, generator)
 
-    def fit_reduction(self, features: Float[Tensor, "scans slices dim"], mask: Bool[Tensor, "scans slices"]) -> None:
-        """Standardise by the training slices and keep their principal components, each with unit variance."""
-        if self.config.pca_components == 0:
-            return
-        slices = features[mask]
-        self.mean = slices.mean(dim=0)
-        scale = slices.std(dim=0).clamp_min(1e-6)
-        _, spread, directions = torch.linalg.svd((slices - self.mean) / scale, full_matrices=False)
-        kept = self.basis.shape[1]
-        flip = torch.sign(directions[torch.arange(len(directions)), directions.abs().argmax(dim=1)])
-        directions, spread = (
-            (directions * flip[:, None])[:kept],
-            spread[:kept] / max(len(slices) - 1, 1) ** 0.5,
-        )
-        basis = torch.zeros_like(self.basis)
-        basis[:, : len(spread)] = (directions / scale).T / spread.clamp_min(1e-6)
-        self.basis = basis
+    def fit_scaling(self, features: Float[Tensor, "scans slices dim"], mask: Bool[Tensor, "scans slices"]) -> None:
+        """Centre and scale by the mean-pooled training scans.
 
-    def reduce(self, features: Float[Tensor, "scans slices dim"]) -> Float[Tensor, "scans slices reduced"]:
-        """Apply the fixed reduction."""
-        if self.config.pca_components == 0:
-            return features
-        return (features - self.mean) @ self.basis
+        Slices of one brain differ far more than the same slice of two people. Scaled by the spread of all slices,
+        what tells people apart is lost among small numbers (docs/log.md); scaled by the spread of people it is not.
+        """
+        if not self.config.standardise:
+            return
+        real = mask.unsqueeze(-1)
+        pooled = (features * real).sum(dim=1) / real.sum(dim=1)
+        self.mean, self.scale = pooled.mean(dim=0), pooled.std(dim=0).clamp_min(1e-6)
+
+    def scaled(self, features: Float[Tensor, "scans slices dim"]) -> Float[Tensor, "scans slices dim"]:
+        """Apply the fixed scaling."""
+        return (features - self.mean) / self.scale if self.config.standardise else features
 
     def forward(
         self,
-        reduced: Float[Tensor, "scans slices reduced"],
+        scaled: Float[Tensor, "scans slices dim"],
         mask: Bool[Tensor, "scans slices"],
         generator: torch.Generator | None = None,
     ) -> Output:
-        """Classify bags of reduced features; with a generator and in training mode, with dropout."""
+        """Classify bags of scaled features; with a generator and in training mode, with dropout."""
         if self.training and self.config.slice_dropout and generator is not None:
             kept = mask & (torch.rand(mask.shape, generator=generator) >= self.config.slice_dropout)
             mask = torch.where(kept.any(dim=1, keepdim=True), kept, mask)
-        pooled = self.attention(reduced, mask)
+        pooled = self.attention(scaled, mask)
         x = pooled.feature
         if self.training and self.config.dropout and generator is not None:
             keep = 1 - self.config.dropout
