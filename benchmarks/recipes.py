@@ -38,7 +38,7 @@ def main() -> None:
     arguments = parse()
     weights = find_weights("auto", print)
     backbone = load_backbone(weights)
-    slices = load_recipe("default").slices
+    recipe = load_recipe("default")
     rows = []
     for contrast in arguments.contrasts:
         for draw in arguments.draws:
@@ -47,8 +47,9 @@ def main() -> None:
                 arguments.brains, arguments.lesions, arguments.work / f"{contrast}-{draw}", config=config
             )
             cohort = read_cohort(made.table, target="diagnosis")
-            layers = tuple(arguments.layers)
-            store = extract(cohort, backbone, arguments.work / "features", slices=slices, layers=layers).store
+            store = extract(
+                cohort, backbone, arguments.work / "features", slices=recipe.slices, patches=recipe.patches
+            ).store
             bags = load_bags(cohort, store)
             holds_lesion = lesion_slices(bags, made.truth)
             for seed in arguments.seeds:
@@ -130,7 +131,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--folds", type=int, default=6)
     parser.add_argument("--recipes", nargs="+", default=["default", "paper", "published"])
-    parser.add_argument("--layers", nargs="*", type=int, default=[], help="also keep patch tokens (shares the folder)")
     return parser.parse_args()
 
 

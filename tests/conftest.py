@@ -15,7 +15,7 @@ from jaxtyping import install_import_hook
 from numpy.typing import NDArray
 
 # shapes written in annotations are checked in tests and cost nothing in use
-install_import_hook(["dinoatten3d.learning", "dinoatten3d.evaluation"], "beartype.beartype")
+install_import_hook(["dinoatten3d.learning"], "beartype.beartype")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

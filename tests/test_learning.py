@@ -17,13 +17,13 @@ from dinoatten3d.config import EvaluationConfig, LossConfig, ModelConfig, Recipe
 from dinoatten3d.data.cohort import Scan
 from dinoatten3d.errors import CohortError
 from dinoatten3d.learning.bags import Bags
-from dinoatten3d.learning.fit import cross_validate, fit_fold, score_bags
+from dinoatten3d.learning.fit import cross_validate, fit_fold
 from dinoatten3d.learning.losses import composite_loss, cross_entropy, supcon, within_class_variance
 from dinoatten3d.learning.model import SliceAttentionNet, attend
 from dinoatten3d.learning.splits import inner_folds, outer_folds
 
 QUICK = Recipe(
-    model=ModelConfig(attention_width=8),
+    model=ModelConfig(pooling="attention", attention_width=8),
     training=TrainingConfig(members=3, inner_folds=3, epochs=30, patience=0, learning_rate=1e-2),
 )
 
@@ -50,6 +50,7 @@ def bags(
         brain_ml=rng.normal(1400, 100, len(labels)),
         classes=tuple("ABCD"[:classes]),
         plane="axial",
+        tokens=(None,) * len(labels),
     )
 
 
@@ -190,8 +191,8 @@ def test_published_trains_the_embedding_head_alone() -> None:
         dim=10, classes=2, members=1, config=recipe.model, generator=torch.Generator().manual_seed(5)
     )
     after = fit_fold(bags(), recipe, seed=5).model
-    for name, old in before.state_dict().items():
-        new = after.state_dict()[name]
+    for name, old in before.tensors().items():
+        new = after.tensors()[name]
         assert torch.equal(old, new) == (not name.startswith("embedding")), name
 
 
@@ -231,8 +232,8 @@ def test_the_scans_that_are_scored_have_no_part_in_the_fit() -> None:
     spoiled = replace(data, features=features)
     honest = cross_validate(data, QUICK, EvaluationConfig(folds=3), folds=folds)
     other = cross_validate(spoiled, QUICK, EvaluationConfig(folds=3), folds=folds)
-    for name, tensor in honest.fitted[0].model.state_dict().items():
-        assert torch.equal(tensor, other.fitted[0].model.state_dict()[name]), name
+    for name, tensor in honest.fitted[0].model.tensors().items():
+        assert torch.equal(tensor, other.fitted[0].model.tensors()[name]), name
 
 
 def test_the_chosen_epoch_is_the_best_on_the_validation_scans() -> None:
@@ -257,8 +258,8 @@ def test_bags_of_different_length_and_more_classes_train() -> None:
 def test_scoring_a_bag_alone_is_scoring_it_among_others() -> None:
     data = bags()
     model = fit_fold(data, QUICK, seed=0).model
-    together = score_bags(model, data).probabilities
-    alone = np.concatenate([score_bags(model, data.take(np.array([n]))).probabilities for n in range(len(data))])
+    together = model.score(data)[0]
+    alone = np.concatenate([model.score(data.take(np.array([n])))[0] for n in range(len(data))])
     np.testing.assert_allclose(together, alone, atol=1e-6)
 
 

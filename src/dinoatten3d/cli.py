@@ -15,7 +15,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 from cyclopts import App, Parameter
 
 from dinoatten3d import __version__
-from dinoatten3d.config import EvaluationConfig, Recipe, SliceConfig
+from dinoatten3d.config import EvaluationConfig, PatchConfig, Recipe, SliceConfig
 from dinoatten3d.console import config_layers, progress_bars, say
 from dinoatten3d.errors import DinoAtten3DError, ScanError
 
@@ -100,6 +100,7 @@ def extract(
     recipe: RecipeName = "default",
     config: ConfigFile = None,
     slices: SliceConfig | None = None,
+    patches: PatchConfig | None = None,
     backbone: BackboneName = "auto",
     device: Device = "cpu",
 ) -> int:
@@ -115,7 +116,14 @@ def extract(
     table = read_cohort(cohort)
     model = _backbone(backbone or "auto", device)
     with progress_bars() as bar:
-        done = run_extract(table, model, out, slices=slices or SliceConfig(), progress=bar("extracting"))
+        done = run_extract(
+            table,
+            model,
+            out,
+            slices=slices or SliceConfig(),
+            patches=patches or PatchConfig(),
+            progress=bar("extracting"),
+        )
     if done.embedded == 0 and not done.failed:
         say.print(f"nothing to do: all {done.found} scans have features already")
     else:

@@ -52,8 +52,25 @@ class SliceConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PatchConfig:
+    """Patch tokens that are kept beside the CLS token, for the deviation from healthy scans."""
+
+    layer: int = 9
+    """Layer whose patch tokens are kept; 0: none."""
+    blemished: int = 8
+    """Slices a scan that are embedded once more with a painted blemish, which teaches what 'abnormal' looks like."""
+
+    def __post_init__(self) -> None:
+        _at_least("patches.layer", self.layer, 0)
+        _at_least("patches.blemished", self.blemished, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The slice attention and the head on top of it."""
+
+    pooling: Literal["deviation", "attention"] = "deviation"
+    """Attend by how a slice deviates from the first class (closed form), or with a trained scorer as in the paper."""
 
     standardise: bool = True
     """Centre and scale each feature by the mean-pooled training scans: by how people differ, not by how slices do."""
@@ -136,8 +153,10 @@ class Recipe:
 
     slices: SliceConfig = field(default_factory=SliceConfig)
     """Slices and pixels (used by `extract`)."""
+    patches: PatchConfig = field(default_factory=PatchConfig)
+    """Patch tokens (used by `extract`)."""
     model: ModelConfig = field(default_factory=ModelConfig)
-    """Attention and head."""
+    """Attention and head; under pooling 'deviation' its other settings, the loss and the training have no part."""
     loss: LossConfig = field(default_factory=LossConfig)
     """Composite loss."""
     training: TrainingConfig = field(default_factory=TrainingConfig)

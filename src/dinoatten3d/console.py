@@ -25,8 +25,9 @@ def config_layers(arguments: list[str]) -> list[Dict]:
     if arguments and arguments[0] in ("extract", "train"):
         recipe = _option(arguments, "--recipe") or str(table.get("recipe", "default"))
         tables = recipe_table(recipe)
-        kept = {"slices": tables.get("slices", {})} if arguments[0] == "extract" else tables
-        layers.append(Dict(kept, use_commands_as_keys=False, source=f"recipe {recipe}"))
+        if arguments[0] == "extract":
+            tables = {key: tables[key] for key in ("slices", "patches") if key in tables}
+        layers.append(Dict(tables, use_commands_as_keys=False, source=f"recipe {recipe}"))
     return layers
 
 

@@ -56,7 +56,7 @@ def train_run(
     config = run_config(
         name=out.name,
         recipe_name=recipe_name,
-        recipe=replace(recipe, slices=store.slices),
+        recipe=replace(recipe, slices=store.slices, patches=store.patches),
         evaluation=evaluation,
         cohort={
             "path": str(cohort.source.resolve()),

@@ -67,7 +67,9 @@ def run_demo(
 def _analyse(made: DemoCohort, name: str, note: str, out: Path, seed: int, backbone: Backbone, bar: Bar) -> DemoResult:
     recipe = load_recipe("default")
     cohort = read_cohort(made.table, target="diagnosis")
-    done = extract(cohort, backbone, out / "features", slices=recipe.slices, progress=bar("extracting"))
+    done = extract(
+        cohort, backbone, out / "features", slices=recipe.slices, patches=recipe.patches, progress=bar("extracting")
+    )
     if done.failed:
         raise ScanError(f"{len(done.failed)} scans of the demo failed, such as {next(iter(done.failed.values()))}")
     run = train_run(

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import numpy as np
 
-from dinoatten3d.config import SliceConfig
+from dinoatten3d.config import PatchConfig, SliceConfig
 from dinoatten3d.data.cohort import Cohort, Scan
 from dinoatten3d.data.slices import Slices, take_slices
 from dinoatten3d.data.volume import load_volume
 from dinoatten3d.errors import ScanError
 from dinoatten3d.features.backbone import Backbone
-from dinoatten3d.features.store import Features, FeatureStore, create_store
+from dinoatten3d.features.blemish import blemish, patch_mean, tissue_mask
+from dinoatten3d.features.store import Features, FeatureStore, PatchTokens, create_store
 from dinoatten3d.files import write_text
 
 Progress = Callable[[int, int], None]
@@ -40,7 +41,7 @@ def extract(
     out: Path,
     *,
     slices: SliceConfig,
-    layers: tuple[int, ...] = (),
+    patches: PatchConfig,
     progress: Progress = lambda done, total: None,
 ) -> Extraction:
     """Extract the features of every scan that does not have them yet.
@@ -52,13 +53,13 @@ def extract(
         backbone: The encoder.
         out: Folder of feature folders; the right one inside is made or taken up again.
         slices: Which slices, and how they become pixels.
-        layers: Layers whose patch tokens are kept too (float16).
+        patches: Patch tokens to keep too.
         progress: Called with scans done and scans in all.
 
     Returns:
         The feature folder and what was done.
     """
-    store = create_store(out, slices, backbone.identity, layers)
+    store = create_store(out, slices, backbone.identity, patches)
     embedded, found = 0, 0
     failed: dict[str, str] = {}
     notes: dict[str, tuple[str, ...]] = {}
@@ -76,7 +77,8 @@ def extract(
                 if pictures is None:
                     found += 1
                 else:
-                    store.write(target, embed_slices(pictures, backbone, layers))
+                    seed = int(target.stem[:8], 16)  # by content: the same scan has the same blemishes everywhere
+                    store.write(target, embed_slices(pictures, backbone, patches, seed=seed))
                     embedded += 1
                 if scan_notes:
                     notes[scan.id] = scan_notes
@@ -87,16 +89,36 @@ def extract(
     return Extraction(store=store, embedded=embedded, found=found, failed=failed, notes=notes)
 
 
-def embed_slices(slices: Slices, backbone: Backbone, layers: tuple[int, ...] = ()) -> Features:
-    """Embed the pictures of one scan."""
-    tokens = backbone.embed(slices.pixels, layers=layers)
+def embed_slices(slices: Slices, backbone: Backbone, patches: PatchConfig, *, seed: int | None = None) -> Features:
+    """Embed the pictures of one scan; without a seed no blemish is painted."""
+    tokens = backbone.embed(slices.pixels, layers=(patches.layer,) if patches.layer else ())
+    kept = None
+    if patches.layer:
+        mm_per_px = float(np.linalg.norm(slices.affine_ras[:3, 0]))
+        rng = np.random.default_rng(seed)
+        spoiled = blemish(slices.pixels, mm_per_px, patches.blemished if seed is not None else 0, rng)
+        tissue = tissue_mask(slices.pixels).astype(np.float32)
+        shape = (0, *tokens.patches[patches.layer].shape[1:])
+        again = (
+            backbone.embed(spoiled.pixels, layers=(patches.layer,)).patches[patches.layer]
+            if len(spoiled.index)
+            else None
+        )
+        kept = PatchTokens(
+            tokens=tokens.patches[patches.layer].astype(np.float16),
+            tissue=patch_mean(tissue, backbone.patch_px) > 0.5,
+            blemished=np.zeros(shape, np.float16) if again is None else again.astype(np.float16),
+            blemished_slice=spoiled.index,
+            blemished_weight=patch_mean(spoiled.weight, backbone.patch_px),
+            blemished_factor=spoiled.factor,
+        )
     return Features(
         cls=tokens.cls,
         position_mm=slices.position_mm,
         affine_ras=slices.affine_ras,
         plane=slices.plane,
         brain_ml=slices.brain_ml,
-        patches={layer: grid.astype(np.float16) for layer, grid in tokens.patches.items()},
+        patches=kept,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,32 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from dinoatten3d.config import Plane, SliceConfig, digest, from_dict, to_dict
+from dinoatten3d.config import PatchConfig, Plane, SliceConfig, digest, from_dict, to_dict
 from dinoatten3d.errors import FeatureError
 from dinoatten3d.files import sha256, write_bytes, write_text
 
 FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchTokens:
+    """One middle layer's view of a scan, as it is and with blemishes painted in (features/blemish.py).
+
+    Attributes:
+        tokens: float16 `[slices, rows, columns, dim]`.
+        tissue: Patches that are mostly tissue, `[slices, rows, columns]`.
+        blemished: Tokens of the blemished slices, float16 `[k, rows, columns, dim]`.
+        blemished_slice: Which slices those are, `[k]`.
+        blemished_weight: How far each patch is inside the blemish, 0 to 1, `[k, rows, columns]`.
+        blemished_factor: What the blemish multiplies the intensity by, `[k]`.
+    """
+
+    tokens: NDArray[np.float16]
+    tissue: NDArray[np.bool_]
+    blemished: NDArray[np.float16]
+    blemished_slice: NDArray[np.int64]
+    blemished_weight: NDArray[np.float32]
+    blemished_factor: NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +48,7 @@ class Features:
 
     Attributes:
         cls: CLS token of each slice, float32 `[slices, dim]`.
-        patches: Patch tokens by layer, float16 `[slices, rows, columns, dim]`; empty unless they were asked for.
+        patches: Patch tokens of one layer, where they were asked for.
         position_mm: Place of each slice along the plane's normal, `[slices]`.
         affine_ras: (row, column, slice) of the pictures to RAS+ mm, `[4, 4]`.
         plane: Anatomical plane.
@@ -39,7 +60,7 @@ class Features:
     affine_ras: NDArray[np.float64]
     plane: Plane
     brain_ml: float
-    patches: Mapping[int, NDArray[np.float16]] = field(default_factory=dict)
+    patches: PatchTokens | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +71,7 @@ class FeatureStore:
     slices: SliceConfig
     backbone: Mapping[str, str]
     digest: str
-    layers: tuple[int, ...] = ()
+    patches: PatchConfig
 
     def path(self, scan: Path) -> Path:
         """Give the file that holds (or will hold) a scan's features; reads the scan to know its content."""
@@ -77,7 +98,9 @@ class FeatureStore:
             affine_ras=arrays["affine_ras"],
             plane=self.slices.plane,
             brain_ml=float(arrays["brain_ml"][0]),
-            patches={layer: arrays[f"patches_{layer}"] for layer in self.layers},
+            patches=PatchTokens(**{f.name: arrays[f"patches.{f.name}"] for f in fields(PatchTokens)})
+            if self.patches.layer
+            else None,
         )
 
     def write(self, path: Path, features: Features) -> None:
@@ -88,27 +111,26 @@ class FeatureStore:
             "affine_ras": features.affine_ras,
             "brain_ml": np.array([features.brain_ml]),
         }
-        arrays |= {f"patches_{layer}": tokens for layer, tokens in features.patches.items()}
+        if features.patches is not None:
+            arrays |= {f"patches.{name}": array for name, array in vars(features.patches).items()}
         content = save({k: np.ascontiguousarray(v) for k, v in arrays.items()}, {"made_by": self.digest})
         write_bytes(path, content)
 
 
-def create_store(
-    root: Path, slices: SliceConfig, backbone: Mapping[str, str], layers: tuple[int, ...] = ()
-) -> FeatureStore:
+def create_store(root: Path, slices: SliceConfig, backbone: Mapping[str, str], patches: PatchConfig) -> FeatureStore:
     """Make (or find again) the folder `<backbone>-<digest>` under `root` for these slices and this backbone."""
     made_from: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "slices": to_dict(slices),
         "backbone": {key: value for key, value in backbone.items() if key not in ("title", "source")},
     }
-    if layers:
-        made_from["layers"] = list(layers)
+    if patches.layer:
+        made_from["patches"] = to_dict(patches)
     name = digest(made_from)
     folder = root / f"{backbone['name']}-{name}"
     if not (folder / "recipe.toml").exists():
         write_text(folder / "recipe.toml", tomli_w.dumps({"digest": name, **made_from, "backbone": dict(backbone)}))
-    return FeatureStore(folder=folder, slices=slices, backbone=dict(backbone), digest=name, layers=layers)
+    return FeatureStore(folder=folder, slices=slices, backbone=dict(backbone), digest=name, patches=patches)
 
 
 def open_store(folder: Path) -> FeatureStore:
@@ -135,5 +157,5 @@ def open_store(folder: Path) -> FeatureStore:
         slices=from_dict(SliceConfig, made["slices"], str(path)),
         backbone=made["backbone"],
         digest=made["digest"],
-        layers=tuple(made.get("layers", ())),
+        patches=from_dict(PatchConfig, made.get("patches", {"layer": 0}), str(path)),
     )

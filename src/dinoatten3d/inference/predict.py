@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from dinoatten3d.config import SliceConfig, from_dict
-from dinoatten3d.data.cohort import stem
+from dinoatten3d.data.cohort import Scan, stem
 from dinoatten3d.data.slices import Slices, take_slices
 from dinoatten3d.data.volume import Volume, load_volume
 from dinoatten3d.errors import RunError
 from dinoatten3d.features.backbone import Backbone
 from dinoatten3d.features.extract import embed_slices
 from dinoatten3d.files import sha256
+from dinoatten3d.learning.bags import one_bag
 from dinoatten3d.learning.run import Run
 
 
@@ -99,7 +99,7 @@ def predict(run: Run, scan: Path, backbone: Backbone) -> Prediction:
         )
     volume = load_volume(scan)
     slices = take_slices(volume, from_dict(SliceConfig, run.config["features"]["slices"], "config.toml"))
-    features = embed_slices(slices, backbone)
+    features = embed_slices(slices, backbone, run.recipe.patches)
     notes = list(volume.notes)
     models = run.models()
     seen_in = _fold_of(run, scan)
@@ -108,14 +108,13 @@ def predict(run: Run, scan: Path, backbone: Backbone) -> Prediction:
         notes.append(
             f"this scan is in the training cohort: only the model of fold {seen_in}, which never saw it, answers"
         )
-    bag = torch.from_numpy(features.cls).unsqueeze(0)
-    mask = torch.ones(bag.shape[:2], dtype=torch.bool)
+    bag = one_bag(Scan(id=stem(scan), path=scan, subject="", row=0), features, run.classes)
     by_fold, weights = [], []
-    with torch.no_grad():
-        for model in models:
-            out = model(model.scaled(bag), mask)
-            by_fold.append(torch.softmax(out.logits.double(), dim=-1).mean(dim=0)[0].numpy())
-            weights.append(out.weights.double().mean(dim=0)[0].numpy())
+    notes += sorted({note for model in models for note in model.notes()})
+    for model in models:
+        probabilities, slice_weights = model.score(bag)
+        by_fold.append(probabilities[0])
+        weights.append(slice_weights[0])
     return Prediction(
         scan=scan,
         classes=run.classes,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import Tensor
 from dinoatten3d.config import Plane
 from dinoatten3d.data.cohort import Cohort, Scan
 from dinoatten3d.errors import CohortError, FeatureError
-from dinoatten3d.features.store import FeatureStore
+from dinoatten3d.features.store import Features, FeatureStore, PatchTokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +29,7 @@ class Bags:
         brain_ml: `[scans]`.
         classes: Names of the classes.
         plane: Anatomical plane of the slices.
+        tokens: Patch tokens of each scan, None where they were not extracted.
     """
 
     features: Tensor
@@ -39,6 +40,7 @@ class Bags:
     brain_ml: NDArray[np.float64]
     classes: tuple[str, ...]
     plane: Plane
+    tokens: tuple[PatchTokens | None, ...]
 
     def __len__(self) -> int:
         return len(self.scans)
@@ -60,6 +62,7 @@ class Bags:
             brain_ml=self.brain_ml[index],
             classes=self.classes,
             plane=self.plane,
+            tokens=tuple(self.tokens[i] for i in index),
         )
 
 
@@ -76,6 +79,16 @@ def load_bags(cohort: Cohort, store: FeatureStore) -> Bags:
     found = [store.read(scan.path) for scan in cohort.scans]
     if not found:
         raise FeatureError("the cohort is empty; there is nothing to learn from")
+    return _pack(cohort.scans, found, cohort.classes)
+
+
+def one_bag(scan: Scan, features: Features, classes: tuple[str, ...]) -> Bags:
+    """Make a bag of one scan whose class is not known."""
+    return _pack((replace(scan, label=None),), [features], classes)
+
+
+def _pack(scans: tuple[Scan, ...], found: list[Features], classes: tuple[str, ...]) -> Bags:
+    """Pad every scan to the longest."""
     longest = max(len(features.cls) for features in found)
     dim = found[0].cls.shape[1]
     features = torch.zeros(len(found), longest, dim)
@@ -86,14 +99,15 @@ def load_bags(cohort: Cohort, store: FeatureStore) -> Bags:
         features[row, :count] = torch.from_numpy(item.cls)
         mask[row, :count] = True
         position[row, :count] = item.position_mm
-    index = {name: number for number, name in enumerate(cohort.classes)}
+    index = {name: number for number, name in enumerate(classes)}
     return Bags(
         features=features,
         mask=mask,
-        labels=torch.tensor([index.get(scan.label or "", -1) for scan in cohort.scans]),
-        scans=cohort.scans,
+        labels=torch.tensor([index.get(scan.label or "", -1) for scan in scans]),
+        scans=scans,
         position_mm=position,
         brain_ml=np.array([item.brain_ml for item in found]),
-        classes=cohort.classes,
+        classes=classes,
         plane=found[0].plane,
+        tokens=tuple(item.patches for item in found),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dinoatten3d.config import EvaluationConfig, Recipe
 from dinoatten3d.learning.bags import Bags
+from dinoatten3d.learning.deviation_model import fit_deviation_model
 from dinoatten3d.learning.losses import composite_loss, cross_entropy
 from dinoatten3d.learning.model import SliceAttentionNet
 from dinoatten3d.learning.splits import inner_folds, outer_folds
@@ -21,11 +22,25 @@ from dinoatten3d.learning.splits import inner_folds, outer_folds
 Progress = Callable[[int, int], None]
 
 
+@runtime_checkable
+class FoldModel(Protocol):
+    """What a fold leaves behind, whatever kind it is."""
+
+    def score(self, bags: Bags) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Give probabilities `[scans, classes]` and slice weights `[scans, slices]`."""
+
+    def notes(self) -> list[str]:
+        """Give what a reader of an answer should know of the model."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Give what to keep on disk."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class FittedFold:
-    """The chosen model of one outer fold and how it got there."""
+    """The model of one outer fold and how it got there (nothing, where it was solved and not trained)."""
 
-    model: SliceAttentionNet
+    model: FoldModel
     history: list[dict[str, Any]]
 
 
@@ -87,8 +102,7 @@ def cross_validate(
                 progress=lambda epoch, done=done: progress(done + epoch, count * recipe.training.epochs),  # type: ignore[misc]
             )
         )
-        scored = score_bags(fitted[-1].model, bags.take(held_out))
-        probabilities[held_out], weights[held_out] = scored.probabilities, scored.weights
+        probabilities[held_out], weights[held_out] = fitted[-1].model.score(bags.take(held_out))
         progress((fold + 1) * recipe.training.epochs, count * recipe.training.epochs)
     return CrossValidation(
         folds=folds,
@@ -103,8 +117,9 @@ def fit_fold(
 ) -> FittedFold:
     """Fit the members on the training scans of one outer fold.
 
-    Member m is validated on inner fold m and trained on the others; its epoch is the one with the best validation
-    figure. The scans that will be scored are not among `bags`.
+    With pooling by deviation the model is solved in closed form. Otherwise member m is validated on inner fold m and
+    trained on the others; its epoch is the one with the best validation figure. The scans that will be scored are
+    not among `bags`.
 
     Args:
         bags: Training scans of one outer fold.
@@ -112,6 +127,8 @@ def fit_fold(
         seed: Decides initial weights, inner folds, batches and dropout.
         progress: Called after each epoch.
     """
+    if recipe.model.pooling == "deviation":
+        return FittedFold(model=fit_deviation_model(bags, seed=seed), history=[])
     training = recipe.training
     generator = torch.Generator().manual_seed(seed)
     inner = inner_folds(bags.labels.numpy(), bags.subjects, folds=training.inner_folds, seed=seed)
@@ -164,17 +181,6 @@ def fit_fold(
     for row in history:
         row["chosen"] = bool(watch.epoch[row["member"]] == row["epoch"])
     return FittedFold(model=model.eval(), history=history)
-
-
-def score_bags(model: SliceAttentionNet, bags: Bags) -> Scored:
-    """Give mean probabilities and slice weights of the members for each bag."""
-    model.eval()
-    with torch.no_grad():
-        out = model(model.scaled(bags.features), bags.mask)
-    return Scored(
-        probabilities=torch.softmax(out.logits.double(), dim=-1).mean(dim=0).numpy(),
-        weights=out.weights.double().mean(dim=0).numpy(),
-    )
 
 
 class _BestEpoch:

@@ -9,11 +9,14 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dinoatten3d.config import ModelConfig
+from dinoatten3d.learning.bags import Bags
 
 
 class Pooled(NamedTuple):
@@ -145,6 +148,22 @@ class SliceAttentionNet(nn.Module):
             x = x * (torch.rand(x.shape, generator=generator) < keep) / keep
         embedding = self.embedding(x)
         return Output(self.classifier(embedding), embedding, pooled.weights)
+
+    def score(self, bags: Bags) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Give probabilities `[scans, classes]` and slice weights `[scans, slices]`, averaged over the members."""
+        self.eval()
+        with torch.no_grad():
+            out = self(self.scaled(bags.features), bags.mask)
+        probabilities = torch.softmax(out.logits.double(), dim=-1).mean(dim=0).numpy()
+        return probabilities, out.weights.double().mean(dim=0).numpy()
+
+    def notes(self) -> list[str]:
+        """Nothing to say."""
+        return []
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Give parameters and scaling, for safetensors."""
+        return {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
 
 
 def _uniform(shape: tuple[int, ...], bound: float, generator: torch.Generator) -> Tensor:

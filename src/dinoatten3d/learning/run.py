@@ -29,7 +29,8 @@ from dinoatten3d.errors import RunError
 from dinoatten3d.features.store import FeatureStore
 from dinoatten3d.files import sha256, whole_folder, write_json, write_text
 from dinoatten3d.learning.bags import Bags
-from dinoatten3d.learning.fit import CrossValidation
+from dinoatten3d.learning.deviation_model import DeviationModel
+from dinoatten3d.learning.fit import CrossValidation, FoldModel
 from dinoatten3d.learning.model import SliceAttentionNet
 
 FORMAT_VERSION = 1
@@ -69,7 +70,7 @@ class Run:
         except (OSError, ValueError) as error:
             raise RunError(f"{self.folder / name} cannot be read ({error}); train again") from None
 
-    def models(self) -> list[SliceAttentionNet]:
+    def models(self) -> list[FoldModel]:
         """Load the model of every fold."""
         return [_read_model(self.folder / f"fold-{k}" / "model.safetensors", self.recipe) for k in range(self.folds)]
 
@@ -114,10 +115,14 @@ def write_run(
             place = folder / f"fold-{fold}"
             place.mkdir()
             shape = {"dim": bags.features.shape[-1], "classes": len(bags.classes)}
-            tensors = {name: t.contiguous() for name, t in fitted.model.state_dict().items()}
-            save_file(tensors, place / "model.safetensors", {"shape": json.dumps(shape), "features": store.digest})
+            save_file(
+                fitted.model.tensors(),
+                place / "model.safetensors",
+                {"shape": json.dumps(shape), "features": store.digest},
+            )
             lines = [json.dumps(row) for row in fitted.history]
-            write_text(place / "history.jsonl", "\n".join(lines) + "\n")
+            if lines:
+                write_text(place / "history.jsonl", "\n".join(lines) + "\n")
             predictions[predictions["fold"] == fold].to_csv(place / "predictions.csv", index=False)
         write_json(folder / "environment.json", environment(seconds=result.seconds, scans=len(ids)))
     return open_run(out)
@@ -236,13 +241,15 @@ def environment(**more: Any) -> dict[str, Any]:
     }
 
 
-def _read_model(path: Path, recipe: Recipe) -> SliceAttentionNet:
+def _read_model(path: Path, recipe: Recipe) -> FoldModel:
     try:
         with safe_open(path, framework="pt") as file:
             shape = json.loads(file.metadata()["shape"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, KeyError, TypeError) as error:
         raise RunError(f"{path} is missing or damaged ({error}); train again") from None
+    if recipe.model.pooling == "deviation":
+        return DeviationModel.from_tensors(tensors)
     model = SliceAttentionNet(
         dim=shape["dim"],
         classes=shape["classes"],

@@ -1,0 +1,203 @@
+"""How a scan's patches differ from those of reference scans at the same place.
+
+The backbone's middle layers see a lesion that its CLS token misses. A patch token minus the mean token of the reference
+class at that place (and the same minus its mirror image) goes through a linear discriminant that tells blemished
+patches of reference scans from whole ones; its scores are standardised per place. All of it comes from the training
+scans of one fold, and a training scan is never its own reference: its subject is left out of the mean, of the
+standardisation and of the discriminant that score it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import ndimage
+from torch import Tensor
+
+from dinoatten3d.errors import CohortError
+from dinoatten3d.features.store import PatchTokens
+
+Map = NDArray[np.float32]
+SHRINKAGE = 0.1
+PARTS = 5
+BLUR = (0.5, 0.7, 0.7)
+"""Slices, rows and columns over which a map is smoothed: a lesion is a blob, noise is not."""
+TOP = 3
+"""Patches whose mean is the score of a slice."""
+FEWEST_REFERENCES = 4
+
+
+class _Moments(NamedTuple):
+    """Sums that a discriminant is made of: x'x, sum of x by kind, count by kind (whole, darker, brighter)."""
+
+    gram: Tensor
+    sums: Tensor
+    counts: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deviation:
+    """What one fold's reference scans taught.
+
+    Attributes:
+        place: Mean token at each place, `[slices, rows, columns, dim]`.
+        weight: Discriminant, `[2 * dim, 2]` (darker, brighter); the second half acts on the mirror difference.
+        bias: `[2]`.
+        mean: Mean of the smoothed maps over reference scans, `[slices, rows, columns, 2]`.
+        deviation: Standard deviation of the same, `[slices, rows, columns, 2]`.
+    """
+
+    place: Tensor
+    weight: Tensor
+    bias: Tensor
+    mean: Map
+    deviation: Map
+
+    def map(self, scan: PatchTokens) -> Map:
+        """Score each patch of a new scan in standard deviations of reference scans, `[slices, rows, columns, 2]`."""
+        raw = _blurred(_discriminate(_residual(scan.tokens, self.place), self.weight, self.bias))
+        return np.asarray((raw - self.mean) / self.deviation, dtype=np.float32)
+
+
+class CrossFitted(NamedTuple):
+    """A fitted deviation and the maps of its own training scans, `[scans, slices, rows, columns, 2]`."""
+
+    deviation: Deviation
+    maps: Map
+
+
+def fit_deviation(
+    scans: Sequence[PatchTokens], subjects: NDArray[Any], reference: NDArray[np.bool_], *, seed: int
+) -> CrossFitted:
+    """Learn from the reference scans among the training scans of one fold.
+
+    Args:
+        scans: Patch tokens of the training scans.
+        subjects: Their subjects, `[scans]`.
+        reference: Which of them are the reference (healthy) ones, `[scans]`.
+        seed: Decides which patches are used and how the reference subjects are parted.
+
+    Raises:
+        CohortError: Too few reference subjects, or features without blemished slices.
+    """
+    people = np.unique(subjects[reference])
+    if len(people) < FEWEST_REFERENCES:
+        raise CohortError(
+            f"the reference class has {len(people)} subjects in the training scans of a fold, {FEWEST_REFERENCES} are "
+            "needed; use --model.pooling attention, or put the largest (healthy) class first with --classes"
+        )
+    rng = np.random.default_rng(seed)
+    part_of = {str(p): int(k) for p, k in zip(rng.permutation(people), np.arange(len(people)) % PARTS, strict=True)}
+    own = {person: [int(i) for i in np.flatnonzero(reference & (subjects == person))] for person in part_of}
+    count = int(reference.sum())
+    total = torch.zeros(scans[0].tokens.shape)
+    for mine in own.values():
+        total += _token_sum(scans, mine)
+    place = total / count
+
+    def place_without(person: str) -> Tensor:
+        return (total - _token_sum(scans, own[person])) / (count - len(own[person]))
+
+    parts: list[list[_Moments]] = [[] for _ in range(PARTS)]
+    for person, part in part_of.items():
+        others = place_without(person)
+        parts[part] = [_sum([*parts[part], *(_moments(scans[i], others, rng) for i in own[person])])]
+    whole = _sum([moments for found in parts for moments in found])
+    if float(whole.counts.min()) < 1:
+        raise CohortError("the features hold no blemished patches; extract with --patches.blemished 8")
+    held_out = [_solve(_sum([m for k, found in enumerate(parts) if k != part for m in found])) for part in range(PARTS)]
+    weight, bias = _solve(whole)
+    raw = []
+    for i, scan in enumerate(scans):
+        person = str(subjects[i])
+        base = place_without(person) if person in part_of else place
+        discriminant = held_out[part_of[person]] if person in part_of else (weight, bias)
+        raw.append(_blurred(_discriminate(_residual(scan.tokens, base), *discriminant)))
+    stacked = np.stack(raw)
+    mean, deviation = _spread(stacked[reference])
+    maps = np.empty_like(stacked)
+    for i in range(len(scans)):
+        rest = stacked[reference & (subjects != subjects[i])]
+        mu, sd = _spread(rest) if str(subjects[i]) in part_of else (mean, deviation)
+        maps[i] = (stacked[i] - mu) / sd
+    return CrossFitted(Deviation(place=place, weight=weight, bias=bias, mean=mean, deviation=deviation), maps)
+
+
+def slice_scores(maps: Map, tissue: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Score each slice by the mean of its three highest tissue patches, for darker and for brighter.
+
+    Args:
+        maps: `[..., slices, rows, columns, 2]`.
+        tissue: `[..., slices, rows, columns]`.
+
+    Returns:
+        `[..., slices, 2]`; a slice without tissue scores as an ordinary one (0).
+    """
+    hidden = np.where(tissue[..., None], maps, np.nan)
+    flat = hidden.reshape(*hidden.shape[:-3], -1, 2)
+    ordered = np.sort(np.where(np.isnan(flat), -np.inf, flat), axis=-2)[..., -TOP:, :]
+    finite = np.isfinite(ordered)
+    count = finite.sum(axis=-2)
+    return np.asarray(np.where(finite, ordered, 0).sum(axis=-2) / np.maximum(count, 1), dtype=np.float64)
+
+
+def _residual(tokens: NDArray[np.float16], place: Tensor) -> Tensor:
+    """Token minus the place's mean, and that minus its mirror image (columns run left to right), `[..., 2 * dim]`."""
+    difference = torch.from_numpy(tokens).float() - place
+    return torch.cat([difference, difference - difference.flip(-2)], dim=-1)
+
+
+def _discriminate(residual: Tensor, weight: Tensor, bias: Tensor) -> Map:
+    """Give the log-odds of darker and brighter against whole at each patch."""
+    return np.asarray((residual @ weight + bias).numpy(), dtype=np.float32)
+
+
+def _blurred(values: Map) -> Map:
+    return np.asarray(ndimage.gaussian_filter(values, (*BLUR, 0)), dtype=np.float32)
+
+
+def _moments(scan: PatchTokens, place: Tensor, rng: np.random.Generator) -> _Moments:
+    """Sum up a reference scan: some whole patches as they are, some of its blemished slices, and the blemished ones."""
+    chosen = scan.tissue & (rng.random(scan.tissue.shape) < 0.3)
+    blemished = _residual(scan.blemished, place[torch.from_numpy(scan.blemished_slice)])
+    tissue = scan.tissue[scan.blemished_slice]
+    inside = tissue & (scan.blemished_weight > 0.5)
+    beside = tissue & (scan.blemished_weight < 0.02) & (rng.random(tissue.shape) < 0.1)
+    darker = inside & (scan.blemished_factor < 1)[:, None, None]
+    rows = [_residual(scan.tokens, place)[torch.from_numpy(chosen)], blemished[torch.from_numpy(beside)]]
+    kinds = [torch.cat(rows), *(blemished[torch.from_numpy(m)] for m in (darker, inside & ~darker))]
+    x = torch.cat(kinds)
+    return _Moments(x.T @ x, torch.stack([k.sum(dim=0) for k in kinds]), torch.tensor([float(len(k)) for k in kinds]))
+
+
+def _token_sum(scans: Sequence[PatchTokens], index: Sequence[int]) -> Tensor:
+    return torch.stack([torch.from_numpy(scans[i].tokens).float() for i in index]).sum(dim=0)
+
+
+def _sum(moments: Sequence[_Moments]) -> _Moments:
+    gram, sums, counts = (sum(parts[1:], parts[0]) for parts in zip(*moments, strict=True))
+    return _Moments(gram, sums, counts)
+
+
+def _solve(moments: _Moments) -> tuple[Tensor, Tensor]:
+    """Linear discriminant with a covariance shrunk towards its diagonal, as log-odds against whole patches."""
+    means = moments.sums / moments.counts.clamp_min(1)[:, None]
+    within = (moments.gram - (means * moments.counts[:, None]).T @ means) / moments.counts.sum()
+    diagonal = within.diagonal()
+    within = (1 - SHRINKAGE) * within + torch.diag(SHRINKAGE * diagonal + 1e-4 * diagonal.mean())
+    directions = torch.cholesky_solve(means.T, torch.linalg.cholesky(within))
+    offset = -0.5 * (means * directions.T).sum(dim=1)
+    return directions[:, 1:] - directions[:, :1], offset[1:] - offset[:1]
+
+
+def _spread(maps: Map) -> tuple[Map, Map]:
+    """Mean and standard deviation at each place, smoothed over neighbours and kept away from zero."""
+    mean, variance = maps.mean(axis=0), maps.var(axis=0)
+    mean, variance = (ndimage.gaussian_filter(v, (0.5, 1, 1, 0)) for v in (mean, variance))
+    floor = 0.25 * variance.mean(axis=(0, 1, 2))
+    return mean, np.asarray(np.sqrt(variance + floor), dtype=np.float32)
