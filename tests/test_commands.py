@@ -191,6 +191,9 @@ def test_explain_lays_the_weights_over_the_scan_in_its_own_grid(
         place[AXIS[row.plane]] = row.position_mm
         index = np.round(np.linalg.inv(laid.affine) @ place)[:3].astype(int)
         assert np.asarray(laid.dataobj)[tuple(index)] == pytest.approx(row.over_uniform, rel=1e-4)
+    deviation = nib.load(folder / "deviation.nii.gz")
+    assert deviation.shape == turned.shape
+    assert np.abs(np.asarray(deviation.dataobj)).max() > 0
     assert (folder / "slices.png").read_bytes()[:4] == b"\x89PNG"
 
 

@@ -18,7 +18,7 @@ from dinoatten3d.evaluation.controls import run_baselines
 from dinoatten3d.evaluation.judge import judge
 from dinoatten3d.features.store import FeatureStore
 from dinoatten3d.files import whole_folder, write_text
-from dinoatten3d.inference.explain import explain, slice_weight_map
+from dinoatten3d.inference.explain import deviation_map, explain, slice_weight_map
 from dinoatten3d.inference.predict import Prediction
 from dinoatten3d.learning.bags import load_bags
 from dinoatten3d.learning.fit import cross_validate
@@ -89,13 +89,16 @@ def report_run(folder: Path) -> Path:
 
 
 def explain_scan(prediction: Prediction, out: Path) -> Path:
-    """Explain a scan in the folder `out/<scan>`: weights.csv, slices.png, weights.nii.gz, prediction.json."""
+    """Explain a scan in the folder `out/<scan>`: two maps, a table, a figure and the answer."""
     target = out / stem(prediction.scan)
     if target.exists():
         raise RunError(f"{target} exists; choose another --out or remove it")
     with whole_folder(target) as folder:
         explain(prediction).to_csv(folder / "weights.csv", index=False)
         slice_weight_map(prediction).to_filename(folder / "weights.nii.gz")
+        deviation = deviation_map(prediction)
+        if deviation is not None:
+            deviation.to_filename(folder / "deviation.nii.gz")
         chance = ", ".join(f"{n} {p:.2f}" for n, p in zip(prediction.classes, prediction.probabilities, strict=True))
         picture = slice_weights_figure(
             prediction.slices.pixels,

@@ -31,6 +31,8 @@ class Prediction:
         probabilities: Mean over the models, `[classes]`.
         by_fold: What the model of each outer fold says, `[models, classes]`.
         slice_weights: Mean slice attention, `[slices]`, summing to 1.
+        patch_map: How much each patch deviates from the reference class, mean over the models, in standard
+            deviations, `[slices, rows, columns]`; None where the recipe looks at slices alone.
         slices: The pictures that were looked at.
         volume: The scan in RAS+.
         notes: What a reader should know, one sentence each.
@@ -41,6 +43,7 @@ class Prediction:
     probabilities: NDArray[np.float64]
     by_fold: NDArray[np.float64]
     slice_weights: NDArray[np.float64]
+    patch_map: NDArray[np.float32] | None
     slices: Slices
     volume: Volume
     notes: tuple[str, ...]
@@ -109,18 +112,22 @@ def predict(run: Run, scan: Path, backbone: Backbone) -> Prediction:
             f"this scan is in the training cohort: only the model of fold {seen_in}, which never saw it, answers"
         )
     bag = one_bag(Scan(id=stem(scan), path=scan, subject="", row=0), features, run.classes)
-    by_fold, weights = [], []
+    by_fold, weights, maps = [], [], []
     notes += sorted({note for model in models for note in model.notes()})
     for model in models:
         probabilities, slice_weights = model.score(bag)
         by_fold.append(probabilities[0])
         weights.append(slice_weights[0])
+        patch_maps = model.patch_maps(bag)
+        if patch_maps is not None:
+            maps.append(patch_maps[0])
     return Prediction(
         scan=scan,
         classes=run.classes,
         probabilities=np.mean(by_fold, axis=0),
         by_fold=np.stack(by_fold),
         slice_weights=np.mean(weights, axis=0),
+        patch_map=np.mean(maps, axis=0, dtype=np.float32) if maps else None,
         slices=slices,
         volume=volume,
         notes=tuple(notes),

@@ -1,8 +1,8 @@
 """The default model of one fold: attention over slices by how much they deviate, beside the mean patch token.
 
 The attention's direction and the classifier are logistic regressions, and inner folds choose which of the two inputs
-the classifier has: with tens of scans they are as good as anything
-that is trained step by step, and the same data gives the same answer.
+the classifier has. With tens of scans this beat what is trained step by step (docs/log.md), and the same data gives
+the same answer.
 """
 
 from __future__ import annotations
@@ -60,8 +60,15 @@ class DeviationModel:
         inputs = np.concatenate([_pool(scores, weights), _against_first(self.mean_logit(_mean_token(bags)))], axis=1)
         return softmax(self.classifier(inputs)), weights
 
+    def patch_maps(self, bags: Bags) -> NDArray[np.float32]:
+        """Give the larger of the darker and brighter scores of each tissue patch, `[scans, slices, rows, columns]`."""
+        return np.stack(
+            [np.where(scan.tissue, self.deviation.map(scan).max(axis=-1), 0) for scan in tokens_of(bags)],
+            dtype=np.float32,
+        )
+
     def notes(self) -> list[str]:
-        """Say so where inner folds chose the mean patch token alone, so that the answer owes nothing to the attention."""
+        """Say so where inner folds chose the mean patch token alone: the answer then owes nothing to the attention."""
         if np.abs(self.classifier.weight[: len(self.direction)]).max() > 0:
             return []
         return ["the answer comes from the mean patch token alone; the slice weights show deviation, not what decided"]

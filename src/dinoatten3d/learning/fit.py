@@ -29,6 +29,9 @@ class FoldModel(Protocol):
     def score(self, bags: Bags) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Give probabilities `[scans, classes]` and slice weights `[scans, slices]`."""
 
+    def patch_maps(self, bags: Bags) -> NDArray[np.float32] | None:
+        """Give how much each patch deviates, `[scans, slices, rows, columns]`; None where the model does not know."""
+
     def notes(self) -> list[str]:
         """Give what a reader of an answer should know of the model."""
 

@@ -157,6 +157,9 @@ class SliceAttentionNet(nn.Module):
         probabilities = torch.softmax(out.logits.double(), dim=-1).mean(dim=0).numpy()
         return probabilities, out.weights.double().mean(dim=0).numpy()
 
+    def patch_maps(self, bags: Bags) -> None:
+        """Give nothing: this model sees slices, not patches."""
+
     def notes(self) -> list[str]:
         """Nothing to say."""
         return []
