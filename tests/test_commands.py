@@ -266,6 +266,16 @@ def test_a_failed_scan_is_listed_and_the_exit_code_says_so(
     assert "scan00:" in answers.out
 
 
+def test_anomaly_scores_every_scan(call, trained: Path, cohort_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a.csv"
+    given = ("anomaly", cohort_folder / "cohort.csv", "--features", features_of(trained), "--out", out)
+    result = call(*given, "--target", "DX", "--folds", 4)
+    assert result.code == 0, result.err
+    assert len(pd.read_csv(out)) == 20
+    assert "AD against NL: AUROC" in result.out
+    assert call(*given).code == 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_extract_leaves_whole_files_and_goes_on(

@@ -14,6 +14,7 @@ from dinoatten3d.config import EvaluationConfig, Recipe
 from dinoatten3d.data.cohort import Scan
 from dinoatten3d.errors import CohortError, FeatureError
 from dinoatten3d.features.store import PatchTokens
+from dinoatten3d.inference.anomaly import percentile_among, score_anomalies
 from dinoatten3d.learning.bags import Bags
 from dinoatten3d.learning.deviation import fit_deviation, slice_scores
 from dinoatten3d.learning.deviation_model import DeviationModel, attend_to_deviation, fit_deviation_model
@@ -178,3 +179,32 @@ def test_features_without_patches_and_too_few_references_are_named() -> None:
     bare = [replace(t, blemished_weight=t.blemished_weight * 0) for t in bags.tokens if t is not None]
     with pytest.raises(CohortError, match="hold no blemished patches"):
         fit_deviation(bare, bags.subjects, bags.labels.numpy() == 0, seed=0)
+
+
+def test_anomaly_finds_lesions_and_their_slices_without_their_labels() -> None:
+    bags, place = cohort()
+    found = score_anomalies(bags, folds=4)
+    assert roc_auc_score(place >= 0, found.table["score"]) > 0.9
+    lesion = place >= 0
+    assert (found.slice_scores.argmax(axis=1) == place)[lesion].mean() > 0.8
+    healthy = found.table.loc[~lesion, "percentile"]
+    assert healthy.mean() == pytest.approx(50, abs=1)
+
+
+def test_labels_of_the_others_change_nothing_in_an_anomaly_score() -> None:
+    bags, _ = cohort(12)
+    three = replace(bags, labels=torch.where(bags.labels == 1, 1 + torch.arange(24) % 2, 0), classes=("a", "b", "c"))
+    np.testing.assert_array_equal(score_anomalies(bags, folds=3).maps, score_anomalies(three, folds=3).maps)
+
+
+def test_an_anomaly_score_needs_no_labels_at_all_and_enough_people() -> None:
+    bags, _ = cohort(10, lesions=False)
+    unlabelled = replace(bags, labels=torch.full((20,), -1))
+    assert len(score_anomalies(unlabelled, folds=5).table) == 20
+    with pytest.raises(CohortError, match="there are 10 reference subjects, fewer than the 11 folds"):
+        score_anomalies(bags, folds=11)
+
+
+def test_a_percentile_is_among_the_others() -> None:
+    score, reference = np.array([1.0, 2, 3, 2.5]), np.array([True, True, True, False])
+    np.testing.assert_allclose(percentile_among(score, reference), [0, 50, 100, 200 / 3])

@@ -354,7 +354,7 @@ def test_history_may_lack_figures_or_be_absent(tmp_path):
         path.unlink()
     page = Page(write_report(run))
     assert len(page.all("svg")) == 7
-    assert "kept no training history" in page.text
+    assert "no epochs, and so no curves" in page.text
 
 
 def test_run_without_baselines_covariates_or_intervals_is_reported(tmp_path, no_drawing):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 # A waiting OpenMP thread must not spin against a busy neighbour (set before torch is imported).
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -16,11 +15,8 @@ from cyclopts import App, Parameter
 
 from dinoatten3d import __version__
 from dinoatten3d.config import EvaluationConfig, PatchConfig, Recipe, SliceConfig
-from dinoatten3d.console import config_layers, progress_bars, say
+from dinoatten3d.console import config_layers, fetch_backbone, print_verdict, progress_bars, say
 from dinoatten3d.errors import DinoAtten3DError, ScanError
-
-if TYPE_CHECKING:
-    from dinoatten3d.features.backbone import Backbone
 
 SOME_FAILED = 3
 """Exit code when some scans could not be used and the others were."""
@@ -78,11 +74,11 @@ def demo(
             contrast=contrast,
             scans=scans,
             seed=seed,
-            load=lambda: _backbone(backbone or "auto"),
+            load=lambda: fetch_backbone(backbone or "auto"),
             bar=bar,
             say=say.print,
         )
-    _print_verdict(result.run)
+    print_verdict(result.run)
     print(
         f"cohort        {result.table}\ntruth         {result.truth}\n"
         f"features      {result.features}\nrun           {result.run}"
@@ -114,7 +110,7 @@ def extract(
     from dinoatten3d.features.extract import extract as run_extract
 
     table = read_cohort(cohort)
-    model = _backbone(backbone or "auto", device)
+    model = fetch_backbone(backbone or "auto", device)
     with progress_bars() as bar:
         done = run_extract(
             table,
@@ -174,7 +170,7 @@ def train(
             evaluation=evaluation or EvaluationConfig(),
             progress=bar("training"),
         )
-    _print_verdict(run.folder)
+    print_verdict(run.folder)
     print(f"report  {run.folder / 'report.html'}")
 
 
@@ -258,6 +254,39 @@ def explain(
     return SOME_FAILED if failed else 0
 
 
+@app.command
+def anomaly(
+    cohort: Path,
+    *,
+    features: Path,
+    out: Path,
+    target: str | None = None,
+    classes: Classes = [],  # noqa: B006
+    ignore: Ignore = [],  # noqa: B006
+    folds: int = 5,
+    seed: int = 0,
+) -> None:
+    """Score how far each scan is from the healthy ones, without diagnosis labels.
+
+    Args:
+        cohort: The table or BIDS folder that the features were extracted from.
+        features: A feature folder made by `extract` with patch tokens (the default recipe).
+        out: CSV to write: score, percentile among held-out healthy scans, the slice that deviates most.
+        target: Column that says which scans are healthy (the first class); without it all are references.
+        folds: Healthy scans are held out in this many folds.
+        seed: Decides folds and sampling.
+    """
+    from dinoatten3d.data.cohort import read_cohort
+    from dinoatten3d.features.store import open_store
+    from dinoatten3d.steps import find_anomalies
+
+    table = read_cohort(cohort, target=target, classes=classes, ignore=ignore)
+    with progress_bars() as bar:
+        sentences = find_anomalies(table, open_store(features), out, folds=folds, seed=seed, progress=bar("scoring"))
+    for sentence in sentences:
+        print(sentence)
+
+
 @weights_app.command(name="list")
 def list_weights() -> None:
     """List the backbones that have names, and which of them are here already."""
@@ -298,32 +327,16 @@ def main() -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _backbone(name: str, device: str = "cpu") -> Backbone:
-    from dinoatten3d.features.backbone import load_backbone
-    from dinoatten3d.features.weights import find_weights
-
-    found = find_weights(name, say.print)
-    say.print(f"backbone: {found.title}, from {found.source}", markup=False)
-    return load_backbone(found, device=device)
-
-
 def _predictions(folder: Path, scans: list[Path], backbone: str | None, device: str) -> Iterator[Any]:
     """Yield a prediction for each scan, or the reason why there is none (said at once)."""
     from dinoatten3d.inference.predict import predict as run_predict
     from dinoatten3d.learning.run import open_run
 
     run = open_run(folder)
-    model = _backbone(backbone or run.config["features"]["backbone"], device)
+    model = fetch_backbone(backbone or run.config["features"]["backbone"], device)
     for scan in scans:
         try:
             yield run_predict(run, scan, model)
         except ScanError as error:
             say.print(f"failed: {error}", markup=False, style="red")
             yield str(error)
-
-
-def _print_verdict(run: Path) -> None:
-    verdict = json.loads((run / "metrics.json").read_text())["verdict"]
-    print(verdict["headline"])
-    for sentence in verdict["sentences"]:
-        print(f"  {sentence}")

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cyclopts.config import Dict
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from dinoatten3d.config import read_toml, recipe_table
+
+if TYPE_CHECKING:
+    from dinoatten3d.features.backbone import Backbone
 
 say = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -51,3 +56,21 @@ def progress_bars() -> Iterator[Callable[[str], Callable[[int, int], None]]]:
             return lambda done, total: bars.update(task, completed=done, total=total)
 
         yield bar
+
+
+def fetch_backbone(name: str, device: str = "cpu") -> Backbone:
+    """Find a backbone, say where it comes from, and load it."""
+    from dinoatten3d.features.backbone import load_backbone
+    from dinoatten3d.features.weights import find_weights
+
+    found = find_weights(name, say.print)
+    say.print(f"backbone: {found.title}, from {found.source}", markup=False)
+    return load_backbone(found, device=device)
+
+
+def print_verdict(run: Path) -> None:
+    """Print what a run found."""
+    verdict = json.loads((run / "metrics.json").read_text())["verdict"]
+    print(verdict["headline"])
+    for sentence in verdict["sentences"]:
+        print(f"  {sentence}")

@@ -15,9 +15,11 @@ from dinoatten3d.data.slices import take_slices
 from dinoatten3d.data.volume import load_volume
 from dinoatten3d.errors import DinoAtten3DError, RunError
 from dinoatten3d.evaluation.controls import run_baselines
+from dinoatten3d.evaluation.intervals import delong_interval
 from dinoatten3d.evaluation.judge import judge
 from dinoatten3d.features.store import FeatureStore
 from dinoatten3d.files import whole_folder, write_text
+from dinoatten3d.inference.anomaly import score_anomalies
 from dinoatten3d.inference.explain import deviation_map, explain, slice_weight_map
 from dinoatten3d.inference.predict import Prediction
 from dinoatten3d.learning.bags import load_bags
@@ -86,6 +88,25 @@ def report_run(folder: Path) -> Path:
     run = open_run(folder)
     judge(run)
     return write_report(folder, thumbnails=_case_pictures(run))
+
+
+def find_anomalies(
+    cohort: Cohort, store: FeatureStore, out: Path, *, folds: int, seed: int, progress: Progress
+) -> list[str]:
+    """Write a table of anomaly scores and say in a few sentences what it holds."""
+    found = score_anomalies(load_bags(cohort, store), folds=folds, seed=seed, progress=progress).table
+    write_text(out, found.sort_values("score", ascending=False).to_csv(index=False))
+    top = found.loc[found["score"].idxmax()]
+    sentences = [f"{out}: {len(found)} scans; the farthest is {top['scan_id']} ({top['heaviest_slice_mm']:.0f} mm)."]
+    for name in cohort.classes[1:]:
+        kept = found[found["label"].isin([cohort.classes[0], name])]
+        positive = (kept["label"] == name).to_numpy()
+        auroc = delong_interval(positive.astype(int), kept["score"].to_numpy(), subjects=kept["subject"].to_numpy())
+        sentences.append(
+            f"{name} against {cohort.classes[0]}: AUROC {auroc.value:.2f} (95 % interval {auroc.low:.2f} to "
+            f"{auroc.high:.2f}); no label of {name} was used."
+        )
+    return [*sentences, "For research, not for diagnosis."]
 
 
 def explain_scan(prediction: Prediction, out: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,8 @@ def judge(run: Run) -> dict[str, Any]:
         "verdict": _verdict(model, baselines, labels, subjects, classes, evaluation),
     }
     metrics["verdict"]["sentences"] += _attention_sentences(metrics["attention"])
+    notes = Counter(note for fold_model in run.models() for note in fold_model.notes())
+    metrics["verdict"]["sentences"] += [f"In {n} of {run.folds} folds {note}." for note, n in sorted(notes.items())]
     write_json(run.folder / "metrics.json", metrics)
     return metrics
 

@@ -129,17 +129,17 @@ def fit_deviation(
 
 
 def slice_scores(maps: Map, tissue: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """Score each slice by the mean of its three highest tissue patches, for darker and for brighter.
+    """Score each slice by the mean of its three highest tissue patches, for each kind (darker, brighter).
 
     Args:
-        maps: `[..., slices, rows, columns, 2]`.
+        maps: `[..., slices, rows, columns, kinds]`.
         tissue: `[..., slices, rows, columns]`.
 
     Returns:
-        `[..., slices, 2]`; a slice without tissue scores as an ordinary one (0).
+        `[..., slices, kinds]`; a slice without tissue scores as an ordinary one (0).
     """
     hidden = np.where(tissue[..., None], maps, np.nan)
-    flat = hidden.reshape(*hidden.shape[:-3], -1, 2)
+    flat = hidden.reshape(*hidden.shape[:-3], -1, hidden.shape[-1])
     ordered = np.sort(np.where(np.isnan(flat), -np.inf, flat), axis=-2)[..., -TOP:, :]
     finite = np.isfinite(ordered)
     count = finite.sum(axis=-2)

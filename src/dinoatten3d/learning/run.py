@@ -173,9 +173,17 @@ def run_config(
         },
         "cohort": cohort,
         "features": features,
-        "recipe": to_dict(recipe),
+        "recipe": acting_settings(recipe),
         "evaluation": to_dict(evaluation),
     }
+
+
+def acting_settings(recipe: Recipe) -> dict[str, Any]:
+    """Give the recipe's tables without the settings that its pooling makes no use of."""
+    tables = to_dict(recipe)
+    if recipe.model.pooling == "deviation":
+        return {"slices": tables["slices"], "patches": tables["patches"], "model": {"pooling": "deviation"}}
+    return tables
 
 
 def probability_table(bags: Bags, probabilities: NDArray[np.float64], folds: NDArray[np.int64]) -> pd.DataFrame:
