@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import nibabel as nib
@@ -96,7 +97,7 @@ def report(draws: list[tuple[str, int, float, float, float]], scans: list[tuple]
     cases = pd.DataFrame(scans, columns=["contrast", "label", "ml", "percentile"])
     for contrast, group in cases.groupby("contrast", sort=False):
         healthy = group[group["label"] == 0]
-        for low, high in zip(VOLUMES_ML[:-1], VOLUMES_ML[1:], strict=True):
+        for low, high in pairwise(VOLUMES_ML):
             lesions = group[(group["label"] == 1) & (group["ml"] >= low) & (group["ml"] < high)]
             if len(lesions) >= 5:
                 both = pd.concat([healthy, lesions])
