@@ -11,11 +11,21 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import nibabel as nib
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
 from numpy.typing import NDArray
 
 # shapes written in annotations are checked in tests and cost nothing in use
 install_import_hook(["dinoatten3d.learning"], "beartype.beartype")
+
+# a busy machine is no defect of the code; CI always tries the same examples
+settings.register_profile(
+    "house",
+    deadline=None,
+    derandomize="CI" in os.environ,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("house")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import shared
@@ -99,7 +99,7 @@ def test_the_real_participants_table_is_read_as_it_is() -> None:
     assert len(read_cohort(shared("data", "ds002748_2mm"), target="gender").classes) == 2
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80)
 @given(text=st.text(max_size=200), separator=st.sampled_from(["cohort.csv", "cohort.tsv"]))
 def test_any_text_is_a_cohort_or_one_clear_sentence(tmp_path: Path, text: str, separator: str) -> None:
     path = tmp_path / separator

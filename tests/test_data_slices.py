@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import head, shared
@@ -28,7 +28,7 @@ def marked(save: Save, where: tuple[int, int, int]) -> Path:
     return save(array, affine=AFFINE)
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20)
 @given(
     plane=st.sampled_from(["axial", "coronal", "sagittal"]),
     fit=st.sampled_from(["brain", "array"]),
@@ -115,7 +115,7 @@ def test_native_slices_around_a_brain_near_the_border_stay_inside(save_nifti: Sa
     assert slices.position_mm[-1] <= 59 * 4
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25)
 @given(
     shape=st.tuples(st.integers(5, 40), st.integers(5, 40), st.integers(5, 40)),
     count=st.integers(1, 12),

@@ -284,7 +284,7 @@ def test_an_impossible_implant_is_refused(wrong: dict[str, object]) -> None:
         ImplantConfig(**wrong)  # type: ignore[arg-type]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 10_000),
     axcodes=st.sampled_from(["RAS", "LPS", "PSR", "AIL"]),

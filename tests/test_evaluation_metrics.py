@@ -42,7 +42,7 @@ seeds = st.integers(0, 10_000)
 class_counts = st.integers(2, 5)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seeds)
 def test_binary_figures_are_those_of_scikit_learn(seed: int) -> None:
     labels, probabilities = predictions(seed)
@@ -61,7 +61,7 @@ def test_binary_figures_are_those_of_scikit_learn(seed: int) -> None:
     assert dataclasses.asdict(score(labels, probabilities)) == pytest.approx(expected)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seeds, st.integers(3, 5))
 def test_multi_class_figures_are_macro_averages(seed: int, n_classes: int) -> None:
     labels, probabilities = predictions(seed, n_classes=n_classes)
@@ -78,7 +78,7 @@ def test_multi_class_figures_are_macro_averages(seed: int, n_classes: int) -> No
     assert np.array_equal(confusion(labels, probabilities), sk.confusion_matrix(labels, decided))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seeds)
 def test_auroc_depends_on_order_alone_and_turns_with_the_labels(seed: int) -> None:
     labels, probabilities = predictions(seed)
@@ -89,7 +89,7 @@ def test_auroc_depends_on_order_alone_and_turns_with_the_labels(seed: int) -> No
 
 
 @given(seeds, class_counts)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_per_class_figures_average_to_the_macro_figures(seed: int, n_classes: int) -> None:
     labels, probabilities = predictions(seed, n_classes=n_classes)
     per_class, overall = per_class_scores(labels, probabilities), score(labels, probabilities)
@@ -145,7 +145,7 @@ def test_what_is_no_prediction_is_refused(labels: list, probabilities: list, sai
         score(np.array(labels, int), np.array(probabilities, float))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seeds, class_counts, st.sampled_from(["equal-mass", "equal-width"]))
 def test_brier_parts_add_up_to_the_brier_score(seed: int, n_classes: int, binning: str) -> None:
     labels, probabilities = predictions(seed, n_classes=n_classes)
@@ -237,7 +237,7 @@ def test_risk_ends_at_the_error_rate_and_starts_with_the_surest() -> None:
     assert curve.confidence.tolist() == [0.9, 0.8, 0.6]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seeds, st.floats(0.05, 1))
 def test_thresholds_do_what_they_promise(seed: int, wanted: float) -> None:
     labels, probabilities = predictions(seed)

@@ -67,7 +67,7 @@ def brute_delong(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np
     return np.array([table.mean() for table in wins]), covariance
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seeds)
 def test_delong_is_its_definition_over_all_pairs(seed: int) -> None:
     labels, _ = predictions(seed)
@@ -78,7 +78,7 @@ def test_delong_is_its_definition_over_all_pairs(seed: int) -> None:
     np.testing.assert_allclose(found.covariance, covariance, atol=1e-12)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seeds)
 def test_delong_depends_on_order_alone_and_turns_with_the_labels(seed: int) -> None:
     labels, probabilities = predictions(seed, digits=2)
@@ -116,7 +116,7 @@ def test_an_interval_stays_within_0_and_1_and_a_perfect_one_keeps_its_width() ->
         assert interval.high - interval.low == pytest.approx(norm.ppf(0.975) ** 2 / (10 + norm.ppf(0.975) ** 2))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seeds, st.integers(2, 4))
 def test_a_weighted_figure_is_that_of_the_repeated_scans(seed: int, n_classes: int) -> None:
     labels, probabilities = predictions(seed, n_classes=n_classes)
@@ -130,7 +130,7 @@ def test_a_weighted_figure_is_that_of_the_repeated_scans(seed: int, n_classes: i
         assert {name: values[replicate] for name, values in found.items()} == pytest.approx(expected)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seeds)
 def test_draws_move_subjects_whole_and_keep_the_class_sizes(seed: int) -> None:
     generator = np.random.default_rng(seed)
@@ -202,7 +202,7 @@ def test_planned_width_is_the_width_that_studies_then_get() -> None:
     assert auroc_half_width(50, 50, 0.8, level=0.9) < auroc_half_width(50, 50, 0.8)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seeds)
 def test_paired_delong_is_its_definition_and_antisymmetric(seed: int) -> None:
     generator = np.random.default_rng(seed)

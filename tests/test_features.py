@@ -210,7 +210,7 @@ def test_patch_tokens_and_blemishes_are_kept_and_the_same_every_time(
         np.testing.assert_array_equal(array, getattr(second, name), err_msg=name)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 10_000), count=st.integers(0, 8), mm=st.floats(0.5, 2))
 def test_a_blemish_stays_in_the_tissue_and_changes_only_what_it_says(seed: int, count: int, mm: float) -> None:
     pixels = (np.clip(head((56, 56, 6)), 0, 160) * 1.5).astype(np.uint8).transpose(2, 0, 1)

@@ -8,7 +8,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import head
@@ -36,7 +36,7 @@ def prediction(path: Path, plane: str, patch_map: np.ndarray | None = None) -> P
     )
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12)
 @given(
     plane=st.sampled_from(["axial", "coronal", "sagittal"]),
     order=st.permutations([0, 1, 2]),

@@ -125,7 +125,7 @@ def test_variance_is_zero_at_the_class_means_and_acts_when_summed() -> None:
     torch.testing.assert_close(within_class_variance(spread, labels, include, "mean") * 128, total)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 1000), scans=st.integers(4, 12), config=st.sampled_from(["default", "paper", "published"]))
 def test_a_scan_left_out_of_a_member_does_not_change_its_loss(seed: int, scans: int, config: str) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -263,7 +263,7 @@ def test_scoring_a_bag_alone_is_scoring_it_among_others() -> None:
     np.testing.assert_allclose(together, alone, atol=1e-6)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     sizes=st.lists(st.integers(5, 20), min_size=2, max_size=4),
     scans=st.integers(1, 3),

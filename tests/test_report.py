@@ -420,7 +420,7 @@ def test_no_folder_is_no_run(tmp_path):
         write_report(tmp_path / "nothing")
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     confidences=st.lists(st.floats(0.51, 0.99), min_size=1, max_size=20),
     right=st.lists(st.booleans(), min_size=20, max_size=20),
