@@ -17,13 +17,14 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pandas as pd
-from sklearn.metrics import roc_auc_score
+import torch
 
 from dinoatten3d.config import EvaluationConfig, load_recipe
 from dinoatten3d.data.cohort import read_cohort
 from dinoatten3d.demo.cohorts import lesion_area_mm2
 from dinoatten3d.demo.implant import DARK, SUBTLE, implant_cohort
 from dinoatten3d.evaluation.controls import run_baselines
+from dinoatten3d.evaluation.metrics import score
 from dinoatten3d.features.backbone import load_backbone
 from dinoatten3d.features.extract import extract
 from dinoatten3d.features.weights import find_weights
@@ -51,6 +52,7 @@ def main() -> None:
                 cohort, backbone, arguments.work / "features", slices=recipe.slices, patches=recipe.patches
             ).store
             bags = load_bags(cohort, store)
+            bags = relabelled(bags, made.truth, arguments.task)
             holds_lesion = lesion_slices(bags, made.truth)
             for seed in arguments.seeds:
                 rows += [
@@ -71,12 +73,14 @@ def measure(bags: Bags, holds_lesion: np.ndarray, recipes: list[str], folds: int
     rows: list[dict[str, object]] = []
     for name in recipes:
         result = cross_validate(bags, load_recipe(name), EvaluationConfig(folds=folds, seed=seed), folds=assigned)
-        weights = result.scored.weights[labels == 1]
-        hit = holds_lesion[labels == 1]
+        weights = result.scored.weights[labels > 0]
+        hit = holds_lesion[labels > 0]
+        figures = score(labels, result.scored.probabilities)
         rows.append(
             {
                 "model": name,
-                "auroc": roc_auc_score(labels, result.scored.probabilities[:, 1]),
+                "auroc": figures.auroc,
+                "balanced": figures.balanced_accuracy,
                 "mass": (weights * hit).sum() / hit.mean(axis=1).sum(),
                 "hit": hit[np.arange(len(hit)), weights.argmax(axis=1)].mean(),
                 "uniform": hit.mean(),
@@ -84,10 +88,26 @@ def measure(bags: Bags, holds_lesion: np.ndarray, recipes: list[str], folds: int
             }
         )
     for name, table in run_baselines(bags, assigned).groupby("model", sort=False):
-        rows.append(
-            {"model": name, "auroc": roc_auc_score(table["label"] == bags.classes[1], table[f"p_{bags.classes[1]}"])}
-        )
+        figures = score(labels, table[[f"p_{c}" for c in bags.classes]].to_numpy())
+        rows.append({"model": name, "auroc": figures.auroc, "balanced": figures.balanced_accuracy})
     return rows
+
+
+def relabelled(bags: Bags, truth: Path, task: str) -> Bags:
+    """Give four classes (`sides`: healthy, left, right, large), one lesion in ten (`rare`), or the bags as they are."""
+    if task == "lesion":
+        return bags
+    if task == "rare":
+        lesions = np.flatnonzero(bags.labels.numpy() == 1)[::9]
+        return bags.take(np.sort(np.concatenate([np.flatnonzero(bags.labels.numpy() == 0), lesions])))
+    known = pd.read_csv(truth, dtype={"scan": str, "side": str}, keep_default_na=False).set_index("scan")
+    names = []
+    for scan in bags.scans:
+        row = known.loc[scan.id]
+        large = row["side"] == "both" or float(row["lesion_ml"] or 0) >= 50
+        names.append("healthy" if scan.label == "healthy" else "large" if large else row["side"])
+    classes = ("healthy", "left", "right", "large")
+    return replace(bags, labels=torch.tensor([classes.index(name) for name in names]), classes=classes)
 
 
 def lesion_slices(bags: Bags, truth: Path) -> np.ndarray:
@@ -104,8 +124,8 @@ def lesion_slices(bags: Bags, truth: Path) -> np.ndarray:
 def summary(table: pd.DataFrame) -> str:
     """Give a row a model and contrast: the mean over everything, the sd over seeds within a draw, and over draws."""
     lines = [
-        "| contrast | model | AUROC | sd over seeds | range | mass / uniform | top slice hits | (uniform) | s |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| contrast | model | AUROC | balanced acc. | sd over seeds | range | mass / uniform | top hits | (uniform) | s |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for (contrast, model), group in table.groupby(["contrast", "model"], sort=False):
         seeds = group.groupby("draw")["auroc"].std().mean()
@@ -129,6 +149,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--contrasts", nargs="+", default=["dark", "subtle"], choices=list(PRESETS))
     parser.add_argument("--draws", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--task", default="lesion", choices=["lesion", "sides", "rare"])
     parser.add_argument("--folds", type=int, default=6)
     parser.add_argument("--recipes", nargs="+", default=["default", "paper", "published"])
     return parser.parse_args()
