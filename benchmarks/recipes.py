@@ -124,7 +124,7 @@ def lesion_slices(bags: Bags, truth: Path) -> np.ndarray:
 def summary(table: pd.DataFrame) -> str:
     """Give a row a model and contrast: the mean over everything, the sd over seeds within a draw, and over draws."""
     lines = [
-        "| contrast | model | AUROC | balanced acc. | sd over seeds | range | mass / uniform | top hits | (uniform) | s |",
+        "| contrast | model | AUROC | balanced acc. | sd over seeds | range | mass | hit | (uniform) | s |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for (contrast, model), group in table.groupby(["contrast", "model"], sort=False):
