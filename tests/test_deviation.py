@@ -94,7 +94,7 @@ def test_without_a_lesion_it_is_at_chance() -> None:
 def test_healthy_training_scans_score_as_new_healthy_ones_do() -> None:
     bags, _ = cohort(60, lesions=False)
     train = bags.take(np.arange(30))
-    fitted = fit_deviation(train.tokens, train.subjects, np.ones(30, bool), seed=0)  # type: ignore[arg-type]
+    fitted = fit_deviation(train.tokens, train.subjects, np.ones(30, bool), mirror=True, seed=0)  # type: ignore[arg-type]
     new = np.stack([fitted.deviation.map(bags.tokens[i]) for i in range(30, 60)])  # type: ignore[arg-type]
     old_scores, new_scores = (slice_scores(m, np.ones(m.shape[:-1], bool)).max(axis=1) for m in (fitted.maps, new))
     assert (np.abs(old_scores.mean(axis=0) - new_scores.mean(axis=0)) < 0.6 * new_scores.std(axis=0)).all()
@@ -125,7 +125,7 @@ def test_a_subject_is_never_its_own_reference_with_any_of_its_scans() -> None:
         odd = tokens[i].tokens.copy()
         odd[3, 1:4, 1:4] += (4 * DARKER).astype(np.float16)
         tokens[i] = replace(tokens[i], tokens=odd)
-    maps = fit_deviation(tokens, bags.subjects, bags.labels.numpy() == 0, seed=0).maps
+    maps = fit_deviation(tokens, bags.subjects, bags.labels.numpy() == 0, mirror=True, seed=0).maps
     assert (maps[:2, 3, 2, 2, 0] > 6).all()  # in 8 scans, a member of its own reference stays below 8 ** 0.5
 
 
@@ -161,6 +161,14 @@ def test_attention_follows_its_direction() -> None:
     assert attend_to_deviation(scores, np.array([0.0, 1])).argmax() == 0
 
 
+@pytest.mark.parametrize("plane", ["axial", "sagittal"])
+def test_a_sagittal_slice_is_not_compared_with_its_own_front_and_back(plane: str) -> None:
+    bags, _ = cohort(12)
+    model = fit_deviation_model(replace(bags, plane=plane), seed=0)  # type: ignore[arg-type]
+    assert len(model.deviation.weight) == (DIM if plane == "sagittal" else 2 * DIM)
+    assert model.score(bags)[0].shape == (24, 2)
+
+
 def test_several_classes_work() -> None:
     bags, place = cohort(24)
     labels = np.where(place < 0, 0, np.where(place < 3, 1, 2))
@@ -175,10 +183,10 @@ def test_features_without_patches_and_too_few_references_are_named() -> None:
     with pytest.raises(FeatureError, match="hold no patch tokens"):
         fit_deviation_model(replace(bags, tokens=(None,) * 24), seed=0)
     with pytest.raises(CohortError, match="has 3 subjects in the training scans"):
-        fit_deviation(bags.tokens[:3], bags.subjects[:3], np.ones(3, bool), seed=0)  # type: ignore[arg-type]
+        fit_deviation(bags.tokens[:3], bags.subjects[:3], np.ones(3, bool), mirror=True, seed=0)  # type: ignore[arg-type]
     bare = [replace(t, blemished_weight=t.blemished_weight * 0) for t in bags.tokens if t is not None]
     with pytest.raises(CohortError, match="hold no blemished patches"):
-        fit_deviation(bare, bags.subjects, bags.labels.numpy() == 0, seed=0)
+        fit_deviation(bare, bags.subjects, bags.labels.numpy() == 0, mirror=True, seed=0)
 
 
 def test_anomaly_finds_lesions_and_their_slices_without_their_labels() -> None:

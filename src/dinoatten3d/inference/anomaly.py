@@ -65,7 +65,11 @@ def score_anomalies(
         held_out = np.flatnonzero(assigned == fold)
         train = np.flatnonzero(reference & (assigned != fold) & ~np.isin(bags.subjects, bags.subjects[held_out]))
         fitted = fit_deviation(
-            [scans[i] for i in train], bags.subjects[train], np.ones(len(train), bool), seed=seed * 1000 + fold
+            [scans[i] for i in train],
+            bags.subjects[train],
+            np.ones(len(train), bool),
+            mirror=bags.plane != "sagittal",
+            seed=seed * 1000 + fold,
         )
         for i in held_out:
             maps[i] = np.where(scans[i].tissue, fitted.deviation.map(scans[i]).max(axis=-1), 0)

@@ -46,7 +46,8 @@ class Deviation:
 
     Attributes:
         place: Mean token at each place, `[slices, rows, columns, dim]`.
-        weight: Discriminant, `[2 * dim, 2]` (darker, brighter); the second half acts on the mirror difference.
+        weight: Discriminant, `[dim, 2]` (darker, brighter), or `[2 * dim, 2]` where the second half acts on the mirror
+            difference.
         bias: `[2]`.
         mean: Mean of the smoothed maps over reference scans, `[slices, rows, columns, 2]`.
         deviation: Standard deviation of the same, `[slices, rows, columns, 2]`.
@@ -60,7 +61,8 @@ class Deviation:
 
     def map(self, scan: PatchTokens) -> Map:
         """Score each patch of a new scan in standard deviations of reference scans, `[slices, rows, columns, 2]`."""
-        raw = _blurred(_discriminate(_residual(scan.tokens, self.place), self.weight, self.bias))
+        mirror = len(self.weight) > self.place.shape[-1]
+        raw = _blurred(_discriminate(_residual(scan.tokens, self.place, mirror), self.weight, self.bias))
         return np.asarray((raw - self.mean) / self.deviation, dtype=np.float32)
 
 
@@ -72,7 +74,7 @@ class CrossFitted(NamedTuple):
 
 
 def fit_deviation(
-    scans: Sequence[PatchTokens], subjects: NDArray[Any], reference: NDArray[np.bool_], *, seed: int
+    scans: Sequence[PatchTokens], subjects: NDArray[Any], reference: NDArray[np.bool_], *, mirror: bool, seed: int
 ) -> CrossFitted:
     """Learn from the reference scans among the training scans of one fold.
 
@@ -80,6 +82,7 @@ def fit_deviation(
         scans: Patch tokens of the training scans.
         subjects: Their subjects, `[scans]`.
         reference: Which of them are the reference (healthy) ones, `[scans]`.
+        mirror: Also compare with the mirror image; for planes whose columns run from left to right.
         seed: Decides which patches are used and how the reference subjects are parted.
 
     Raises:
@@ -106,7 +109,7 @@ def fit_deviation(
     parts: list[list[_Moments]] = [[] for _ in range(PARTS)]
     for person, part in part_of.items():
         others = place_without(person)
-        parts[part] = [_sum([*parts[part], *(_moments(scans[i], others, rng) for i in own[person])])]
+        parts[part] = [_sum([*parts[part], *(_moments(scans[i], others, mirror, rng) for i in own[person])])]
     whole = _sum([moments for found in parts for moments in found])
     if float(whole.counts.min()) < 1:
         raise CohortError("the features hold no blemished patches; extract with --patches.blemished 8")
@@ -117,7 +120,7 @@ def fit_deviation(
         person = str(subjects[i])
         base = place_without(person) if person in part_of else place
         discriminant = held_out[part_of[person]] if person in part_of else (weight, bias)
-        raw.append(_blurred(_discriminate(_residual(scan.tokens, base), *discriminant)))
+        raw.append(_blurred(_discriminate(_residual(scan.tokens, base, mirror), *discriminant)))
     stacked = np.stack(raw)
     mean, deviation = _spread(stacked[reference])
     maps = np.empty_like(stacked)
@@ -146,9 +149,11 @@ def slice_scores(maps: Map, tissue: NDArray[np.bool_]) -> NDArray[np.float64]:
     return np.asarray(np.where(finite, ordered, 0).sum(axis=-2) / np.maximum(count, 1), dtype=np.float64)
 
 
-def _residual(tokens: NDArray[np.float16], place: Tensor) -> Tensor:
-    """Token minus the place's mean, and that minus its mirror image (columns run left to right), `[..., 2 * dim]`."""
+def _residual(tokens: NDArray[np.float16], place: Tensor, mirror: bool) -> Tensor:
+    """Token minus the place's mean, with `mirror` also that minus its mirror image, `[..., dim or 2 * dim]`."""
     difference = torch.from_numpy(tokens).float() - place
+    if not mirror:
+        return difference
     return torch.cat([difference, difference - difference.flip(-2)], dim=-1)
 
 
@@ -161,15 +166,15 @@ def _blurred(values: Map) -> Map:
     return np.asarray(ndimage.gaussian_filter(values, (*BLUR, 0)), dtype=np.float32)
 
 
-def _moments(scan: PatchTokens, place: Tensor, rng: np.random.Generator) -> _Moments:
+def _moments(scan: PatchTokens, place: Tensor, mirror: bool, rng: np.random.Generator) -> _Moments:
     """Sum up a reference scan: some whole patches as they are, some of its blemished slices, and the blemished ones."""
     chosen = scan.tissue & (rng.random(scan.tissue.shape) < 0.3)
-    blemished = _residual(scan.blemished, place[torch.from_numpy(scan.blemished_slice)])
+    blemished = _residual(scan.blemished, place[torch.from_numpy(scan.blemished_slice)], mirror)
     tissue = scan.tissue[scan.blemished_slice]
     inside = tissue & (scan.blemished_weight > 0.5)
     beside = tissue & (scan.blemished_weight < 0.02) & (rng.random(tissue.shape) < 0.1)
     darker = inside & (scan.blemished_factor < 1)[:, None, None]
-    rows = [_residual(scan.tokens, place)[torch.from_numpy(chosen)], blemished[torch.from_numpy(beside)]]
+    rows = [_residual(scan.tokens, place, mirror)[torch.from_numpy(chosen)], blemished[torch.from_numpy(beside)]]
     kinds = [torch.cat(rows), *(blemished[torch.from_numpy(m)] for m in (darker, inside & ~darker))]
     x = torch.cat(kinds)
     return _Moments(x.T @ x, torch.stack([k.sum(dim=0) for k in kinds]), torch.tensor([float(len(k)) for k in kinds]))

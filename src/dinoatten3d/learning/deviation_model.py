@@ -112,7 +112,7 @@ def fit_deviation_model(bags: Bags, *, seed: int) -> DeviationModel:
     """
     labels, count = bags.labels.numpy(), len(bags.classes)
     scans = tokens_of(bags)
-    fitted = fit_deviation(scans, bags.subjects, labels == 0, seed=seed)
+    fitted = fit_deviation(scans, bags.subjects, labels == 0, mirror=bags.plane != "sagittal", seed=seed)
     scores = slice_scores(fitted.maps, np.stack([scan.tissue for scan in scans]))
     top = np.sort(scores, axis=1)[:, -TOP_SLICES:].mean(axis=1)
     guide = _logistic(top, labels, count, SCORE_STRENGTH)
