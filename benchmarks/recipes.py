@@ -129,11 +129,9 @@ def summary(table: pd.DataFrame) -> str:
     ]
     for (contrast, model), group in table.groupby(["contrast", "model"], sort=False):
         seeds = group.groupby("draw")["auroc"].std().mean()
-        cells = [
-            f"{group['auroc'].mean():.2f}",
-            f"{seeds:.3f}",
-            f"{group['auroc'].min():.2f}-{group['auroc'].max():.2f}",
-        ]
+        auroc = group["auroc"]
+        cells = [f"{auroc.mean():.2f}", f"{group['balanced'].mean():.2f}", f"{seeds:.3f}"]
+        cells.append(f"{auroc.min():.2f}-{auroc.max():.2f}")
         for column, form in (("mass", ".2f"), ("hit", ".0%"), ("uniform", ".0%"), ("seconds", ".1f")):
             value = group[column].mean()
             cells.append("-" if np.isnan(value) else format(value, form))
