@@ -191,6 +191,8 @@ def test_explain_lays_the_weights_over_the_scan_in_its_own_grid(
         place[AXIS[row.plane]] = row.position_mm
         index = np.round(np.linalg.inv(laid.affine) @ place)[:3].astype(int)
         assert np.asarray(laid.dataobj)[tuple(index)] == pytest.approx(row.over_uniform, rel=1e-4)
+    answer = json.loads((folder / "prediction.json").read_text(), parse_constant=pytest.fail)  # NaN is no JSON
+    assert sum(answer["probabilities"].values()) == pytest.approx(1)
     deviation = nib.load(folder / "deviation.nii.gz")
     assert deviation.shape == turned.shape
     assert np.abs(np.asarray(deviation.dataobj)).max() > 0

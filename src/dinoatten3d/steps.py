@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from dinoatten3d.evaluation.controls import run_baselines
 from dinoatten3d.evaluation.intervals import delong_interval
 from dinoatten3d.evaluation.judge import judge
 from dinoatten3d.features.store import FeatureStore
-from dinoatten3d.files import whole_folder, write_text
+from dinoatten3d.files import whole_folder, write_json, write_text
 from dinoatten3d.inference.anomaly import score_anomalies
 from dinoatten3d.inference.explain import deviation_map, explain, slice_weight_map
 from dinoatten3d.inference.predict import Prediction
@@ -128,7 +127,7 @@ def explain_scan(prediction: Prediction, out: Path) -> Path:
             title=f"{stem(prediction.scan)}: {chance}",
         )
         (folder / "slices.png").write_bytes(picture)
-        write_text(folder / "prediction.json", json.dumps(prediction.to_dict(), indent=1) + "\n")
+        write_json(folder / "prediction.json", prediction.to_dict())
     return target
 
 
