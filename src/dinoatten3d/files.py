@@ -47,14 +47,21 @@ def write_json(path: Path, content: Any) -> None:
 
 
 @contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """Give a temporary folder beside `folder` that takes its place when the block ends without an error."""
+def whole_folder(folder: Path, *, keep_existing: bool = False) -> Iterator[Path]:
+    """Give a temporary folder beside `folder` that takes its place when the block ends without an error.
+
+    With `keep_existing`, one that another process finished meanwhile stays (for caches, whose content is the same).
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
     try:
         yield temporary
         temporary.chmod(0o755)
-        temporary.replace(folder)
+        try:
+            temporary.replace(folder)
+        except OSError:
+            if not (keep_existing and folder.is_dir()):
+                raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

