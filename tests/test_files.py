@@ -31,9 +31,14 @@ def test_a_folder_appears_when_it_is_finished_and_not_before(tmp_path: Path) -> 
         (folder / "a").write_text("1")
         assert not (tmp_path / "run").exists()
     assert (tmp_path / "run" / "a").read_text() == "1"
-    with pytest.raises(KeyboardInterrupt), whole_folder(tmp_path / "other") as folder:
-        (folder / "a").write_text("2")
-        raise KeyboardInterrupt
+
+    def interrupted() -> None:
+        with whole_folder(tmp_path / "other") as folder:
+            (folder / "a").write_text("2")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
