@@ -118,7 +118,7 @@ def test_the_recipe_file_the_config_file_and_the_options_lie_over_each_other(
     call, trained: Path, cohort_folder: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "c.toml").write_text(
-        'recipe = "paper"\n[training]\nepochs = 4\nbatch_size = 7\n[evaluation]\nfolds = 2\n'
+        'recipe = "paper"\n[training]\nepochs = 4\nbatch_size = 7\n[slices]\ncount = 6\n[evaluation]\nfolds = 2\n'
     )
     result = call(
         "train", cohort_folder / "cohort.csv", "--features", features_of(trained), "--target", "DX",
@@ -134,6 +134,16 @@ def test_the_recipe_file_the_config_file_and_the_options_lie_over_each_other(
     assert made["evaluation"]["folds"] == 2
     assert made["run"]["recipe"] == "paper"
     assert len((tmp_path / "run" / "fold-0" / "history.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_recipe_file_with_an_unknown_setting_is_refused(
+    call, trained: Path, cohort_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.toml").write_text("[trainig]\nepochs = 3\n")
+    given = ("train", cohort_folder / "cohort.csv", "--features", features_of(trained), "--target", "DX")
+    result = call(*given, "--out", tmp_path / "run", "--recipe", tmp_path / "mine.toml")
+    assert result.code == 2
+    assert "recipe has no setting 'trainig' (did you mean 'training'?)" in result.err
 
 
 def test_report_can_be_made_again_and_is_the_same(call, trained: Path) -> None:
@@ -210,6 +220,7 @@ def test_explain_lays_the_weights_over_the_scan_in_its_own_grid(
         (["--target", "DX", "--config", "none.toml"], "none.toml cannot be read"),
         (["--target", "DX", "--training.epochs", "0"], "training.epochs is 0"),
         (["--target", "DX", "--training.epoch", "3"], "Unknown option"),
+        (["--target", "DX", "--slices.plane", "coronal"], "Unknown option"),
         (["--target", "DX", "--features", "nowhere"], "nowhere is not a feature folder"),
     ],
 )

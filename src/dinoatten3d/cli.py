@@ -14,7 +14,15 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 from cyclopts import App, Parameter
 
 from dinoatten3d import __version__
-from dinoatten3d.config import EvaluationConfig, PatchConfig, Recipe, SliceConfig
+from dinoatten3d.config import (
+    EvaluationConfig,
+    LossConfig,
+    ModelConfig,
+    PatchConfig,
+    Recipe,
+    SliceConfig,
+    TrainingConfig,
+)
 from dinoatten3d.console import config_layers, fetch_backbone, print_verdict, progress_bars, say
 from dinoatten3d.errors import DinoAtten3DError, ScanError
 
@@ -143,7 +151,9 @@ def train(
     ignore: Ignore = [],  # noqa: B006
     recipe: RecipeName = "default",
     config: ConfigFile = None,
-    settings: Annotated[Recipe | None, Parameter(name="*")] = None,
+    model: ModelConfig | None = None,
+    loss: LossConfig | None = None,
+    training: TrainingConfig | None = None,
     evaluation: EvaluationConfig | None = None,
 ) -> None:
     """Cross-validate a recipe by subject, compare it with the simplest baselines and write a run with its report.
@@ -165,7 +175,9 @@ def train(
             table,
             store,
             out,
-            recipe=settings or Recipe(),
+            recipe=Recipe(
+                model=model or ModelConfig(), loss=loss or LossConfig(), training=training or TrainingConfig()
+            ),
             recipe_name=recipe,
             evaluation=evaluation or EvaluationConfig(),
             progress=bar("training"),

@@ -12,10 +12,13 @@ from cyclopts.config import Dict
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from dinoatten3d.config import read_toml, recipe_table
+from dinoatten3d.config import load_recipe, read_toml, recipe_table
 
 if TYPE_CHECKING:
     from dinoatten3d.features.backbone import Backbone
+
+RECIPE_TABLES = {"extract": ("slices", "patches"), "train": ("model", "loss", "training")}
+"""Which of a recipe's tables are options of which command."""
 
 say = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -23,16 +26,19 @@ say = Console(stderr=True, highlight=False, soft_wrap=True)
 def config_layers(arguments: list[str]) -> list[Dict]:
     """Lay --config over --recipe over the defaults: the values that options have when they are not given."""
     layers = []
+    command = arguments[0] if arguments else ""
+    foreign = {table for name, tables in RECIPE_TABLES.items() if name != command for table in tables}
     chosen = _option(arguments, "--config")
-    table = read_toml(Path(chosen)) if chosen else {}
-    if chosen:
-        layers.append(Dict(table, use_commands_as_keys=False, source=chosen))
-    if arguments and arguments[0] in ("extract", "train"):
-        recipe = _option(arguments, "--recipe") or str(table.get("recipe", "default"))
+    given = read_toml(Path(chosen)) if chosen else {}
+    if chosen:  # one file may serve several commands: each takes its own tables
+        own = {key: value for key, value in given.items() if key not in foreign}
+        layers.append(Dict(own, use_commands_as_keys=False, source=chosen))
+    if command in RECIPE_TABLES:
+        recipe = _option(arguments, "--recipe") or str(given.get("recipe", "default"))
+        load_recipe(recipe)  # refuses tables and settings that no command knows
         tables = recipe_table(recipe)
-        if arguments[0] == "extract":
-            tables = {key: tables[key] for key in ("slices", "patches") if key in tables}
-        layers.append(Dict(tables, use_commands_as_keys=False, source=f"recipe {recipe}"))
+        own = {key: tables[key] for key in RECIPE_TABLES[command] if key in tables}
+        layers.append(Dict(own, use_commands_as_keys=False, source=f"recipe {recipe}"))
     return layers
 
 
