@@ -50,12 +50,17 @@ def write_json(path: Path, content: Any) -> None:
 def whole_folder(folder: Path, *, keep_existing: bool = False) -> Iterator[Path]:
     """Give a temporary folder beside `folder` that takes its place when the block ends without an error.
 
-    With `keep_existing`, one that another process finished meanwhile stays (for caches, whose content is the same).
+    Everything in it has reached the disk before it does. With `keep_existing`, one that another process finished
+    meanwhile stays (for caches, whose content is the same).
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
     try:
         yield temporary
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                with path.open("r+b") as stream:
+                    os.fsync(stream.fileno())
         temporary.chmod(0o755)
         try:
             temporary.replace(folder)

@@ -16,12 +16,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 import tomllib
-import uuid
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +27,9 @@ import pandas as pd
 import tomli_w
 from numpy.typing import ArrayLike, NDArray
 
+from dinoatten3d.data.slices import AXIS
 from dinoatten3d.errors import CohortError, ConfigError
+from dinoatten3d.files import whole_folder
 
 __all__ = ["DemoCohort", "DemoScan", "Progress", "lesion_area_mm2", "publish", "stored_image"]
 
@@ -40,9 +38,6 @@ Progress = Callable[[int, int], None]
 
 FORMAT = 1
 """Part of every digest: raise it when the same configuration starts to give other scans."""
-
-NORMAL_AXIS = {"sagittal": 0, "coronal": 1, "axial": 2}
-"""The axis of a closest-canonical array that each plane's slices are stacked along."""
 
 
 class DemoCohort(NamedTuple):
@@ -110,12 +105,12 @@ def lesion_area_mm2(
     Raises:
         ConfigError: an unknown plane or a thickness that is not above 0.
     """
-    if plane not in NORMAL_AXIS:
-        raise ConfigError(f"plane {plane!r} is not one of {', '.join(sorted(NORMAL_AXIS))}; choose one of them")
+    if plane not in AXIS:
+        raise ConfigError(f"plane {plane!r} is not one of {', '.join(sorted(AXIS))}; choose one of them")
     if not thickness_mm > 0:
         raise ConfigError(f"thickness_mm is {thickness_mm}, but a slice covers more than 0 mm; give its spacing")
     canonical = nib.as_closest_canonical(mask)
-    axis = NORMAL_AXIS[plane]
+    axis = AXIS[plane]  # type: ignore[index]  # checked above
     lesion = np.asanyarray(canonical.dataobj) != 0
     centres_mm, step_mm = _slice_centres_mm(canonical, axis)
     in_plane = tuple(other for other in range(3) if other != axis)
@@ -156,7 +151,7 @@ def publish(
     cohort = DemoCohort(out / "cohort.csv", out / "truth.csv", reused=True)
     if _holds(out, digest):
         return cohort
-    with _whole_folder(out) as folder:
+    with whole_folder(out) as folder:
         (folder / "scans").mkdir()
         (folder / "truth").mkdir()
         rows = []
@@ -197,7 +192,7 @@ def _describe_lesion(image: nib.Nifti1Image, mask: nib.Nifti1Image) -> dict[str,
     on_right = float(np.mean(lesion_x > (brain_x[0] + brain_x[-1]) / 2))
     # A lesion that only touches the midline belongs to the side that holds nearly all of it.
     side = "right" if on_right >= 0.9 else "left" if on_right <= 0.1 else "both"
-    centres_mm, step_mm = _slice_centres_mm(canonical, NORMAL_AXIS["axial"])
+    centres_mm, step_mm = _slice_centres_mm(canonical, AXIS["axial"])
     z_mm = centres_mm[lesion.any(axis=(0, 1))]
     return {
         "lesion_ml": round(lesion.sum() * abs(np.linalg.det(canonical.affine[:3, :3])) / 1000, 3),
@@ -225,19 +220,3 @@ def _holds(out: Path, digest: str) -> bool:
     if found != digest:
         raise CohortError(f"{out} holds a cohort of another configuration; choose another folder or remove it")
     return True
-
-
-@contextmanager
-def _whole_folder(out: Path) -> Iterator[Path]:
-    """A folder beside ``out`` that takes its name only when everything in it has reached the disk."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = out.with_name(f".{out.name}-{uuid.uuid4().hex[:8]}")
-    folder.mkdir()
-    try:
-        yield folder
-        for path in folder.rglob("*.*"):
-            with path.open("r+b") as file:
-                os.fsync(file.fileno())
-        folder.replace(out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

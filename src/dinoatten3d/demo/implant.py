@@ -21,9 +21,11 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from dinoatten3d.data.cohort import stem
 from dinoatten3d.demo.cohorts import DemoCohort, DemoScan, Progress, publish, stored_image
 from dinoatten3d.demo.phantom import Array, Mask, check_range, darken, mni_brain, voxel_box
 from dinoatten3d.errors import CohortError, ConfigError, ScanError
+from dinoatten3d.files import sha256
 
 __all__ = ["DARK", "SUBTLE", "ImplantConfig", "implant_cohort"]
 
@@ -125,7 +127,7 @@ def _scans(
         image = stored_image(integers, brain.affine_ras, brain.axcodes, slope)
         person = people.iloc[index]
         known = {key: person[key] for key in ("age", "sex", "site") if key in person and pd.notna(person[key])}
-        yield DemoScan(_stem(path), str(person["subject"]), image, lesion, intensity, known)
+        yield DemoScan(stem(path), str(person["subject"]), image, lesion, intensity, known)
 
 
 def _draw_subjects(people: pd.DataFrame, rng: np.random.Generator) -> list[str]:
@@ -224,7 +226,7 @@ def _images(folder: Path, what: str, *, at_least: int) -> list[Path]:
 
 def _people(brain_paths: list[Path], participants: Path) -> pd.DataFrame:
     """One row a brain: subject, and what participants.tsv knows of it."""
-    stems = [_stem(path) for path in brain_paths]
+    stems = [stem(path) for path in brain_paths]
     names = [stem.split("_")[0] if stem.startswith("sub-") else stem for stem in stems]
     subjects = pd.DataFrame({"subject": names})
     if subjects["subject"].nunique() < 2:
@@ -238,14 +240,9 @@ def _people(brain_paths: list[Path], participants: Path) -> pd.DataFrame:
     return subjects.merge(known, on="subject", how="left")
 
 
-def _stem(path: Path) -> str:
-    """File name without .nii or .nii.gz."""
-    return path.name.removesuffix(".gz").removesuffix(".nii")
-
-
 def _digest(paths: list[Path]) -> str:
     """Digest of the names and bytes of files."""
     total = hashlib.sha256()
     for path in paths:
-        total.update(f"{path.name}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+        total.update(f"{path.name}\0{sha256(path)}\n".encode())
     return total.hexdigest()[:16]

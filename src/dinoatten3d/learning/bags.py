@@ -50,6 +50,11 @@ class Bags:
         """Subject of each scan, `[scans]`."""
         return np.array([scan.subject for scan in self.scans])
 
+    @property
+    def columns_run_left_to_right(self) -> bool:
+        """Whether a slice's mirror image is its other hemisphere: true of axial and coronal slices."""
+        return self.plane != "sagittal"
+
     def take(self, index: NDArray[np.int64]) -> Bags:
         """Keep the scans at these indices, in this order."""
         rows = torch.from_numpy(index)

@@ -28,7 +28,7 @@ PARTS = 5
 BLUR = (0.5, 0.7, 0.7)
 """Slices, rows and columns over which a map is smoothed: a lesion is a blob, noise is not."""
 TOP = 3
-"""Patches whose mean is the score of a slice."""
+"""Highest patches whose mean is the score of a slice, and highest slices whose mean is that of a scan."""
 FEWEST_REFERENCES = 4
 
 
@@ -64,6 +64,10 @@ class Deviation:
         mirror = len(self.weight) > self.place.shape[-1]
         raw = _blurred(_discriminate(_residual(scan.tokens, self.place, mirror), self.weight, self.bias))
         return np.asarray((raw - self.mean) / self.deviation, dtype=np.float32)
+
+    def patch_map(self, scan: PatchTokens) -> Map:
+        """Give the larger of darker and brighter at each patch, 0 outside tissue, `[slices, rows, columns]`."""
+        return np.where(scan.tissue, self.map(scan).max(axis=-1), np.float32(0))
 
 
 class CrossFitted(NamedTuple):
@@ -141,12 +145,17 @@ def slice_scores(maps: Map, tissue: NDArray[np.bool_]) -> NDArray[np.float64]:
     Returns:
         `[..., slices, kinds]`; a slice without tissue scores as an ordinary one (0).
     """
-    hidden = np.where(tissue[..., None], maps, np.nan)
+    hidden = np.where(tissue[..., None], maps, -np.inf)
     flat = hidden.reshape(*hidden.shape[:-3], -1, hidden.shape[-1])
-    ordered = np.sort(np.where(np.isnan(flat), -np.inf, flat), axis=-2)[..., -TOP:, :]
+    ordered = np.sort(flat, axis=-2)[..., -TOP:, :]
     finite = np.isfinite(ordered)
     count = finite.sum(axis=-2)
     return np.asarray(np.where(finite, ordered, 0).sum(axis=-2) / np.maximum(count, 1), dtype=np.float64)
+
+
+def top_slices(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Score each scan by the mean of its three highest slices, `[scans, slices, ...]` to `[scans, ...]`."""
+    return np.asarray(np.sort(scores, axis=1)[:, -TOP:].mean(axis=1))
 
 
 def _residual(tokens: NDArray[np.float16], place: Tensor, mirror: bool) -> Tensor:

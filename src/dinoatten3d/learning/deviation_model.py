@@ -19,13 +19,12 @@ from torch import Tensor
 
 from dinoatten3d.errors import FeatureError
 from dinoatten3d.learning.bags import Bags
-from dinoatten3d.learning.deviation import Deviation, fit_deviation, slice_scores
+from dinoatten3d.learning.deviation import Deviation, fit_deviation, slice_scores, top_slices
 from dinoatten3d.learning.splits import inner_folds
 
 Array = NDArray[np.float64]
 MEAN_STRENGTH = 0.01
 SCORE_STRENGTH = 0.1
-TOP_SLICES = 3
 SHARPNESS = 2.0
 LARGEST_LOGIT = 60.0
 
@@ -62,10 +61,7 @@ class DeviationModel:
 
     def patch_maps(self, bags: Bags) -> NDArray[np.float32]:
         """Give the larger of the darker and brighter scores of each tissue patch, `[scans, slices, rows, columns]`."""
-        return np.stack(
-            [np.where(scan.tissue, self.deviation.map(scan).max(axis=-1), 0) for scan in tokens_of(bags)],
-            dtype=np.float32,
-        )
+        return np.stack([self.deviation.patch_map(scan) for scan in tokens_of(bags)])
 
     def notes(self) -> list[str]:
         """Say so where inner folds chose the mean patch token alone: the answer then owes nothing to the attention."""
@@ -112,10 +108,9 @@ def fit_deviation_model(bags: Bags, *, seed: int) -> DeviationModel:
     """
     labels, count = bags.labels.numpy(), len(bags.classes)
     scans = tokens_of(bags)
-    fitted = fit_deviation(scans, bags.subjects, labels == 0, mirror=bags.plane != "sagittal", seed=seed)
+    fitted = fit_deviation(scans, bags.subjects, labels == 0, mirror=bags.columns_run_left_to_right, seed=seed)
     scores = slice_scores(fitted.maps, np.stack([scan.tissue for scan in scans]))
-    top = np.sort(scores, axis=1)[:, -TOP_SLICES:].mean(axis=1)
-    guide = _logistic(top, labels, count, SCORE_STRENGTH)
+    guide = _logistic(top_slices(scores), labels, count, SCORE_STRENGTH)
     direction = attention_direction(guide)
     mean = _mean_token(bags)
     mean_logit = _logistic(mean, labels, count, MEAN_STRENGTH)
