@@ -7,6 +7,8 @@ import sys
 import tempfile
 import zipfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,9 +77,8 @@ def load_volume(path: str | Path) -> Volume:
     path = Path(path)
     if not path.exists():
         raise ScanError(f"{path} does not exist")
-    if path.is_dir() or path.suffix.lower() in (".dcm", ".ima", ".zip"):
-        return _load_dicom(path)
-    return _load_image(path, str(path))
+    with nifti_file(path) as image:
+        return _load_image(image, str(path))
 
 
 def _load_image(path: Path, name: str) -> Volume:
@@ -129,36 +130,37 @@ def _finite(array: NDArray[np.float32], name: str, notes: list[str]) -> NDArray[
     return np.where(bad, array[~bad].min(), array).astype(np.float32)
 
 
-def _load_dicom(path: Path) -> Volume:
-    """Convert one series with dcm2niix and read the result."""
+@contextmanager
+def nifti_file(path: Path) -> Iterator[Path]:
+    """Give the path of an image file: itself, or a temporary NIfTI with its JSON sidecar made of a DICOM series.
+
+    Raises:
+        ScanError: dcm2niix does not make one volume of it.
+    """
+    if not (path.is_dir() or path.suffix.lower() in (".dcm", ".ima", ".zip")):
+        yield path
+        return
     with tempfile.TemporaryDirectory() as folder:
-        series, out = path, Path(folder) / "nifti"
-        out.mkdir()
-        if path.suffix.lower() == ".zip":
-            series = Path(folder) / "dicom"
-            try:
-                with zipfile.ZipFile(path) as archive:
-                    archive.extractall(series)
-            except (zipfile.BadZipFile, OSError, zlib.error) as error:
-                raise ScanError(f"{path} is not a readable zip of DICOM files: {error}") from None
-        single = ["-s", "y"] if series.is_file() else []
-        command = [
-            sys.executable,
-            "-m",
-            "dcm2niix",
-            *single,
-            "-z",
-            "n",
-            "-b",
-            "n",
-            "-o",
-            str(out),
-            str(series),
-        ]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        images = sorted(out.glob("*.nii"))
-        if len(images) != 1:
-            seen = f"{len(images)} volumes" if images else "no image"
-            last = (result.stdout.strip().splitlines() or ["no output"])[-1]
-            raise ScanError(f"{path} gives {seen} through dcm2niix; wanted one series ({last})")
-        return _load_image(images[0], str(path))
+        yield _convert_dicom(path, Path(folder))
+
+
+def _convert_dicom(path: Path, folder: Path) -> Path:
+    """Convert one series with dcm2niix and give the image it leaves in `folder`."""
+    series, out = path, folder / "nifti"
+    out.mkdir()
+    if path.suffix.lower() == ".zip":
+        series = folder / "dicom"
+        try:
+            with zipfile.ZipFile(path) as archive:
+                archive.extractall(series)
+        except (zipfile.BadZipFile, OSError, zlib.error) as error:
+            raise ScanError(f"{path} is not a readable zip of DICOM files: {error}") from None
+    options = ["-z", "n", "-b", "y", "-o", str(out), *(["-s", "y"] if series.is_file() else [])]
+    command = [sys.executable, "-m", "dcm2niix", *options, str(series)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    images = sorted(out.glob("*.nii"))
+    if len(images) != 1:
+        seen = f"{len(images)} volumes" if images else "no image"
+        last = (result.stdout.strip().splitlines() or ["no output"])[-1]
+        raise ScanError(f"{path} gives {seen} through dcm2niix; wanted one series ({last})")
+    return images[0]
