@@ -87,8 +87,8 @@ def measure(bags: Bags, holds_lesion: np.ndarray, recipes: list[str], folds: int
                 "seconds": result.seconds,
             }
         )
-    for name, table in run_baselines(bags, assigned).groupby("model", sort=False):
-        figures = score(labels, table[[f"p_{c}" for c in bags.classes]].to_numpy())
+    for name, probabilities in run_baselines(bags, assigned).items():
+        figures = score(labels, probabilities[0])
         rows.append({"model": name, "auroc": figures.auroc, "balanced": figures.balanced_accuracy})
     return rows
 

@@ -73,11 +73,24 @@ def test_a_run_folder_holds_what_the_design_promises(trained: Path) -> None:
     ):
         assert (run / name).stat().st_size > 0, name
     assert sorted(p.name for p in (run / "fold-0").iterdir()) == [
+        "baselines.csv",
         "model.safetensors",
         "predictions.csv",
     ]
     metrics = json.loads((run / "metrics.json").read_text())
-    assert [m["name"] for m in metrics["models"]] == ["default", "prior", "head size", "mean pooling", "max pooling"]
+    assert [m["name"] for m in metrics["models"]] == [
+        "default",
+        "prior",
+        "head size",
+        "covariates",
+        "mean pooling",
+        "max pooling",
+        "random attention",
+    ]
+    assert metrics["shuffled"]["runs"] == 20
+    assert metrics["shuffled"]["reached"] == sum(
+        a >= metrics["shuffled"]["observed"] for a in metrics["shuffled"]["aurocs"]
+    )
     assert metrics["positive"] == "AD"
     predictions = pd.read_csv(run / "predictions.csv")
     assert len(predictions) == 20
@@ -252,10 +265,10 @@ def test_another_backbone_than_the_runs_is_refused(call, trained: Path, cohort_f
 def test_a_run_of_another_version_is_refused(call, trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained / "run", tmp_path / "run")
     config = tmp_path / "run" / "config.toml"
-    config.write_text(config.read_text().replace("format_version = 1", "format_version = 7"))
+    config.write_text(config.read_text().replace("format_version = 2", "format_version = 7"))
     result = call("report", tmp_path / "run")
     assert result.code == 2
-    assert "has format 7, this program reads 1" in result.err
+    assert "has format 7, this program reads 2" in result.err
     missing = call("report", tmp_path / "nothing")
     assert missing.code == 2
     assert "is not a run folder" in missing.err

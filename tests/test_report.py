@@ -16,6 +16,7 @@ from markupsafe import Markup
 from dinoatten3d.config import Recipe, to_dict
 from dinoatten3d.errors import RunError, ScanError
 from dinoatten3d.evaluation.metrics import chance, confusion, score
+from dinoatten3d.learning.run import FORMAT_VERSION
 from dinoatten3d.report import figures, html
 from dinoatten3d.report.cases import CaseSlices, choose_cases
 from dinoatten3d.report.drawing import new_figure, shorten, to_svg
@@ -56,7 +57,7 @@ def make_run(
     )
     cohort.loc[3, ["age", "brain_ml"]] = np.nan
     cohort.to_csv(folder / "cohort.csv", index=False)
-    table.to_csv(folder / "splits.csv", index=False)
+    table.assign(repeat=0).to_csv(folder / "splits.csv", index=False)
 
     def probabilities(strength):
         logits = rng.normal(0, 1, (scans, k)) + strength * np.eye(k)[label]
@@ -120,7 +121,7 @@ def make_run(
         (folder / f"fold-{f}" / "history.jsonl").write_text("\n".join(map(json.dumps, lines)))
 
     config = {
-        "format_version": 1,
+        "format_version": FORMAT_VERSION,
         "run": {
             "name": "nl-lesion",
             "created": "2025-01-02 03:04",
@@ -148,7 +149,7 @@ def make_run(
     }
     (folder / "config.toml").write_text(tomli_w.dumps(config), encoding="utf-8")
     metrics = {
-        "format_version": 1,
+        "format_version": FORMAT_VERSION,
         "classes": list(classes),
         "positive": classes[1] if k == 2 else None,
         "scans": scans,
@@ -257,7 +258,7 @@ def test_verdict_comes_before_the_figures_and_the_limits_last(page):
         "For research only",
         "The scan tells the classes apart",
         "Synthetic cohort",
-        "Best baseline",
+        "Best control",
         "Sex",
     ]
     said += [
@@ -293,7 +294,7 @@ def test_metrics_of_model_baselines_and_chance_are_in_the_table(run, page):
         assert f"{model['pooled']['auroc']['value']:.2f}" in page.text
         assert model["description"] in page.text
     best = max(metrics["models"][1:], key=lambda m: m["pooled"]["auroc"]["value"])
-    key_figures = page.text[page.text.index("Best baseline") :][:120]
+    key_figures = page.text[page.text.index("Best control") :][:120]
     assert f"{best['pooled']['auroc']['value']:.2f}" in key_figures
     assert best["name"] in key_figures
 
@@ -395,15 +396,15 @@ def test_unfinished_run_is_refused_and_leaves_no_report(tmp_path, name):
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("config.toml", "format_version = 3", "has format 3, this program reads 1"),
+        ("config.toml", "format_version = 3", "has format 3, this program reads 2"),
         ("config.toml", "format_version = ", "not a TOML"),
-        ("config.toml", "format_version = 1", r"no table \[run\]"),
-        ("metrics.json", '{"format_version": 3}', "has format 3, this program reads 1"),
-        ("metrics.json", '{"format_version": 1}', "no entry 'scans'"),
+        ("config.toml", "format_version = 2", r"no table \[run\]"),
+        ("metrics.json", '{"format_version": 3}', "has format 3, this program reads 2"),
+        ("metrics.json", '{"format_version": 2}', "no entry 'scans'"),
         ("metrics.json", "{", "not a JSON file"),
         ("environment.json", "[]", "wanted an object"),
         ("predictions.csv", "scan_id,label\na,healthy\n", "no column"),
-        ("splits.csv", "scan_id,subject,label,fold\n", "no rows"),
+        ("splits.csv", "scan_id,subject,label,repeat,fold\n", "no rows"),
         ("fold-1/history.jsonl", "{oops", "not a JSON-lines file"),
     ],
 )

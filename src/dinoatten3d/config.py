@@ -167,16 +167,26 @@ class Recipe:
 class EvaluationConfig:
     """How a recipe is judged; the same for every recipe."""
 
+    split: Literal["folds", "site", "column"] = "folds"
+    """Hold out k folds of subjects, one site at a time, or what the table's `split` column says."""
     folds: int = 5
-    """Outer folds, grouped by subject and stratified by class."""
+    """Outer folds, grouped by subject and stratified by class (with split 'folds')."""
+    repeats: int = 1
+    """Partitions into folds; a scan's answer is the mean over them (with split 'folds')."""
     seed: int = 0
-    """Seed of splits, initial weights and bootstrap."""
+    """Seed of splits, initial weights, shuffles and bootstrap."""
     bootstrap: int = 1000
     """Subject-level bootstrap replicates for the 95 % intervals."""
+    shuffles: int = 20
+    """Runs of the whole pipeline on shuffled labels, whose AUROCs say what chance looks like here; 0: none."""
 
     def __post_init__(self) -> None:
         _at_least("evaluation.folds", self.folds, 2)
+        _at_least("evaluation.repeats", self.repeats, 1)
         _at_least("evaluation.bootstrap", self.bootstrap, 100)
+        _at_least("evaluation.shuffles", self.shuffles, 0)
+        if self.split != "folds" and self.repeats > 1:
+            raise ConfigError(f"evaluation.repeats is {self.repeats}, but split '{self.split}' has one partition only")
 
 
 def load_recipe(name: str | Path) -> Recipe:

@@ -13,9 +13,10 @@ from dinoatten3d.data.cohort import Cohort, stem
 from dinoatten3d.data.slices import take_slices
 from dinoatten3d.data.volume import load_volume
 from dinoatten3d.errors import DinoAtten3DError, RunError
-from dinoatten3d.evaluation.controls import run_baselines
+from dinoatten3d.evaluation.controls import run_baselines, shuffled_aurocs
 from dinoatten3d.evaluation.intervals import delong_interval
 from dinoatten3d.evaluation.judge import judge
+from dinoatten3d.evaluation.metrics import score
 from dinoatten3d.features.store import FeatureStore
 from dinoatten3d.files import whole_folder, write_json, write_text
 from dinoatten3d.inference.anomaly import score_anomalies
@@ -53,7 +54,8 @@ def train_run(
     if out.exists():
         raise RunError(f"{out} exists; choose another --out or remove it (a run is never overwritten)")
     bags = load_bags(cohort, store)
-    result = cross_validate(bags, recipe, evaluation, progress=progress)
+    runs = evaluation.shuffles + 1
+    result = cross_validate(bags, recipe, evaluation, progress=lambda done, total: progress(done, total * runs))
     config = run_config(
         name=out.name,
         recipe_name=recipe_name,
@@ -76,8 +78,22 @@ def train_run(
             "slices": to_dict(store.slices),
         },
     )
-    baselines = run_baselines(bags, result.folds)
-    run = write_run(out, bags, result, store=store, config=config, baselines=baselines)
+    held_out = result.folds[0] >= 0
+    controls = {
+        "auroc_of_one_repeat": score(bags.labels.numpy()[held_out], result.by_repeat[0, held_out]).auroc,
+        "shuffled_aurocs": shuffled_aurocs(
+            bags, recipe, evaluation, progress=lambda done, total: progress(done + 1, total + 1)
+        ),
+    }
+    run = write_run(
+        out,
+        bags,
+        result,
+        store=store,
+        config=config,
+        baselines=run_baselines(bags, result.folds, cohort.target),
+        extras={"controls.json": controls},
+    )
     report_run(run.folder)
     return run
 

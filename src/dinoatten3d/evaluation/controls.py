@@ -1,77 +1,200 @@
-"""The simplest models on the same folds: what a result has to beat before it means anything."""
+"""What a model has to beat: simpler models on the same folds, and itself on labels that mean nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
-import pandas as pd
+import torch
 from numpy.typing import NDArray
+from scipy.special import softmax
+from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from dinoatten3d.config import EvaluationConfig, Recipe
+from dinoatten3d.errors import CohortError
+from dinoatten3d.evaluation.covariates import covariate_matrix, covariate_table
+from dinoatten3d.evaluation.metrics import score
 from dinoatten3d.learning.bags import Bags
-from dinoatten3d.learning.run import probability_table
+from dinoatten3d.learning.fit import cross_validate
 
-Inputs = Callable[[Bags], NDArray[np.float64]]
+Array = NDArray[np.float64]
+Inputs = Callable[[Bags], Array]
 
 
-def mean_pooled(bags: Bags) -> NDArray[np.float64]:
+def mean_pooled(bags: Bags) -> Array:
     """Average the slices of each scan, `[scans, dim]`."""
-    weight = bags.mask.unsqueeze(-1).double()
-    return np.asarray(((bags.features * weight).sum(dim=1) / weight.sum(dim=1)).numpy())
+    return _pooled(bags, np.ones(bags.mask.shape))
 
 
-def max_pooled(bags: Bags) -> NDArray[np.float64]:
+def max_pooled(bags: Bags) -> Array:
     """Take the largest value of each feature over the slices, `[scans, dim]`."""
     hidden = bags.features.masked_fill(~bags.mask.unsqueeze(-1), float("-inf"))
     return np.asarray(hidden.amax(dim=1).double().numpy())
 
 
-def head_size(bags: Bags) -> NDArray[np.float64]:
+def randomly_attended(bags: Bags) -> Array:
+    """Average the slices with the softmax of standard normal scores, drawn once for each slice, `[scans, dim]`."""
+    scores = np.random.default_rng(0).standard_normal(bags.mask.shape)
+    return _pooled(bags, softmax(scores, axis=1))
+
+
+def head_size(bags: Bags) -> Array:
     """Brain volume alone, mL, `[scans, 1]`."""
     return bags.brain_ml[:, None]
 
 
-BASELINES: dict[str, tuple[str, Inputs | None, float]] = {
-    "prior": ("the class frequencies of the training scans", None, 1.0),
-    "head size": ("logistic regression on brain volume alone", head_size, 1.0),
-    "mean pooling": ("logistic regression (C = 0.01) on the mean over slices", mean_pooled, 0.01),
-    "max pooling": ("logistic regression (C = 0.01) on the maximum over slices", max_pooled, 0.01),
-}
-"""Name to description, input and the inverse strength C of the L2 penalty."""
+@dataclass(frozen=True, kw_only=True)
+class Baseline:
+    """A model without the network's attention; `strength` is the inverse C of logistic regression's L2 penalty."""
+
+    name: str
+    description: str
+    inputs: Inputs | None
+    strength: float = 1.0
 
 
-def run_baselines(bags: Bags, folds: NDArray[np.int64]) -> pd.DataFrame:
-    """Score every scan with every baseline, each fitted on the other folds only.
+def baselines(target: str | None) -> tuple[Baseline, ...]:
+    """List the baselines; the covariate that is itself the target is left out of `covariates`."""
+    names = [name for name in ("age", "sex", "site") if name != target]
+
+    def covariates(bags: Bags) -> Array:
+        table = covariate_table(bags.scans, brain_ml=bags.brain_ml, without=target)
+        return np.asarray(covariate_matrix(table).to_numpy())
+
+    shown = f"{', '.join(names)} and head size"
+    return (
+        Baseline(name="prior", description="the class frequencies of the training scans", inputs=None),
+        Baseline(name="head size", description="logistic regression on brain volume alone", inputs=head_size),
+        Baseline(
+            name="covariates",
+            description=f"logistic regression on {shown}, as far as the table has them; no image",
+            inputs=covariates,
+        ),
+        Baseline(
+            name="mean pooling",
+            description="logistic regression (C = 0.01) on the mean over slices",
+            inputs=mean_pooled,
+            strength=0.01,
+        ),
+        Baseline(
+            name="max pooling",
+            description="logistic regression (C = 0.01) on the maximum over slices",
+            inputs=max_pooled,
+            strength=0.01,
+        ),
+        Baseline(
+            name="random attention",
+            description="logistic regression (C = 0.01) on slices weighed at random",
+            inputs=randomly_attended,
+            strength=0.01,
+        ),
+    )
+
+
+def run_baselines(bags: Bags, folds: NDArray[np.int64], target: str | None = None) -> dict[str, Array]:
+    """Score every held-out scan with every baseline, each fitted on what the fold is trained on.
 
     Args:
         bags: Labelled bags.
-        folds: The fold in which each scan is scored, `[scans]`.
+        folds: Which fold scores each scan, `[scans]` or `[repeats, scans]` (learning/splits.py).
+        target: Column of the label.
 
     Returns:
-        One row a model and scan: model, scan_id, subject, label, fold, predicted and a probability for each class.
+        Name to probabilities, `[repeats, scans, classes]`.
     """
-    tables = []
-    for name, (_, inputs, strength) in BASELINES.items():
-        probabilities = out_of_fold(bags, folds, inputs, strength)
-        table = probability_table(bags, probabilities, folds)
-        table.insert(0, "model", name)
-        tables.append(table)
-    return pd.concat(tables, ignore_index=True)
+    return {b.name: out_of_fold(bags, folds, b.inputs, b.strength) for b in baselines(target)}
 
 
-def out_of_fold(bags: Bags, folds: NDArray[np.int64], inputs: Inputs | None, strength: float) -> NDArray[np.float64]:
+def out_of_fold(bags: Bags, folds: NDArray[np.int64], inputs: Inputs | None, strength: float) -> Array:
     """Give out-of-fold probabilities of logistic regression on `inputs`, or of the class frequencies without them."""
+    folds = np.atleast_2d(folds)
+    x = inputs(bags) if inputs is not None else np.zeros((len(bags), 0))
     labels = bags.labels.numpy()
-    probabilities = np.zeros((len(bags), len(bags.classes)))
-    x = inputs(bags) if inputs is not None else None
-    for fold in np.unique(folds):
-        train, held_out = folds != fold, folds == fold
-        if x is None:
-            probabilities[held_out] = np.bincount(labels[train], minlength=len(bags.classes)) / train.sum()
-            continue
-        model = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=2000))
-        probabilities[held_out] = model.fit(x[train], labels[train]).predict_proba(x[held_out])
+    probabilities = np.zeros((*folds.shape, len(bags.classes)))
+    for repeat, assigned in enumerate(folds):
+        for fold in np.unique(assigned[assigned >= 0]):
+            train, held_out = assigned != fold, assigned == fold
+            probabilities[repeat, held_out] = fit_and_score(x[train], labels[train], x[held_out], strength)
     return probabilities
+
+
+def fit_and_score(train: Array, labels: NDArray[np.int64], held_out: Array, strength: float) -> Array:
+    """Fit a logistic regression on standardised inputs and give `[held out, classes]`; without inputs, frequencies.
+
+    An unknown number (NaN) becomes the median of the training scans.
+    """
+    if train.shape[1] == 0:
+        return np.tile(np.bincount(labels) / len(labels), (len(held_out), 1))
+    model = make_pipeline(
+        SimpleImputer(strategy="median", keep_empty_features=True),
+        StandardScaler(),
+        LogisticRegression(C=strength, max_iter=2000),
+    )
+    return np.asarray(model.fit(train, labels).predict_proba(held_out))
+
+
+def shuffled_aurocs(
+    bags: Bags,
+    recipe: Recipe,
+    evaluation: EvaluationConfig,
+    *,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[float]:
+    """Run the whole pipeline on labels that mean nothing: what AUROC does chance reach here?
+
+    Labels change hands between subjects with as many scans, so that a subject's scans stay together. Folds, inner
+    choices and fits are made anew, once each (no repeats).
+
+    Args:
+        bags: Labelled bags.
+        recipe: The recipe of the run.
+        evaluation: The run's; `shuffles` says how often.
+        progress: Called with shuffles done and in all.
+
+    Returns:
+        Pooled out-of-fold AUROC of each shuffle.
+    """
+    found = []
+    for number in range(evaluation.shuffles):
+        rng = np.random.default_rng([evaluation.seed, number])
+        shuffled = replace(bags, labels=torch.from_numpy(shuffle_between_subjects(bags, rng)))
+        once = replace(evaluation, repeats=1, seed=evaluation.seed + number)
+        try:
+            result = cross_validate(shuffled, recipe, once)
+        except CohortError:  # this shuffle leaves a site or a side without a class
+            continue
+        scored = result.folds[0] >= 0
+        found.append(score(shuffled.labels.numpy()[scored], result.scored.probabilities[scored]).auroc)
+        progress(number + 1, evaluation.shuffles)
+    return found
+
+
+def shuffle_between_subjects(bags: Bags, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Hand the labels of each subject to another with as many scans, `[scans]`."""
+    labels, subjects = bags.labels.numpy(), bags.subjects
+    own = {subject: np.flatnonzero(subjects == subject) for subject in dict.fromkeys(subjects)}
+    shuffled = labels.copy()
+    for count in {len(rows) for rows in own.values()}:
+        alike = [rows for rows in own.values() if len(rows) == count]
+        for taker, giver in zip(alike, rng.permutation(len(alike)), strict=True):
+            shuffled[taker] = labels[alike[giver]]
+    return shuffled
+
+
+def permutation_p_value(observed: float, shuffled: Sequence[float]) -> float:
+    """Chance of a figure at least as high without an effect: (1 + shuffles that reach it) / (1 + shuffles).
+
+    Phipson & Smyth (2010): the observed labelling counts as one of the permutations, so p is never 0.
+    """
+    return (1 + sum(value >= observed for value in shuffled)) / (1 + len(shuffled))
+
+
+def _pooled(bags: Bags, weights: NDArray[Any]) -> Array:
+    kept = torch.from_numpy(weights).double() * bags.mask
+    pooled = torch.einsum("nsd,ns->nd", bags.features.double(), kept / kept.sum(dim=1, keepdim=True))
+    return np.asarray(pooled.numpy())

@@ -1,22 +1,22 @@
-"""A finished run becomes `metrics.json`: figures with intervals beside chance and the baselines, and a verdict."""
+"""A finished run becomes `metrics.json`: figures with intervals beside chance and the controls, and a verdict."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from dinoatten3d.evaluation.comparison import paired_bootstrap_difference
-from dinoatten3d.evaluation.controls import BASELINES
+from dinoatten3d.evaluation.comparison import corrected_resampled_ttest, paired_bootstrap_difference
+from dinoatten3d.evaluation.controls import baselines, permutation_p_value
 from dinoatten3d.evaluation.intervals import bootstrap_intervals
-from dinoatten3d.evaluation.metrics import chance, confusion, score
+from dinoatten3d.evaluation.metrics import chance, confusion, per_class_scores, score
+from dinoatten3d.evaluation.verdict import attention_sentences, reach_verdict
 from dinoatten3d.files import write_json
-from dinoatten3d.learning.run import Run
-
-FORMAT_VERSION = 1
+from dinoatten3d.learning.run import FORMAT_VERSION, Run
 
 
 def judge(run: Run) -> dict[str, Any]:
@@ -24,21 +24,47 @@ def judge(run: Run) -> dict[str, Any]:
 
     Returns:
         What was written: per model the pooled figures with subject-level bootstrap intervals, the figures of each
-        fold and the confusion matrix; chance; how far the attention is from uniform; and the verdict.
+        fold and class and the confusion matrix; chance; the AUROCs on shuffled labels; how far the attention is from
+        uniform; and the verdict.
     """
     evaluation = run.config["evaluation"]
     predictions = run.table("predictions.csv")
     classes = list(run.classes)
-    labels = pd.Categorical(predictions["label"], categories=classes).codes.astype(np.int64)
+    labels = class_index(predictions["label"], classes)
+    subjects = predictions["subject"].to_numpy()
+    descriptions = {b.name: b.description for b in baselines(run.config["cohort"]["target"])}
     answers = {run.config["run"]["recipe"]: predictions}
     answers |= dict(tuple(run.table("baselines.csv").groupby("model", sort=False)))
-    subjects, folds = predictions["subject"].to_numpy(), predictions["fold"].to_numpy()
-    models = []
-    for name, table in answers.items():
-        aligned = table.set_index("scan_id").loc[predictions["scan_id"]]
-        probabilities = aligned[[f"p_{c}" for c in classes]].to_numpy(dtype=np.float64)
-        models.append(_figures(name, labels, probabilities, subjects, folds, evaluation))
-    model, baselines = models[0], models[1:]
+    in_order = {
+        name: table.set_index("scan_id").loc[predictions["scan_id"], [f"p_{c}" for c in classes]].to_numpy(np.float64)
+        for name, table in answers.items()
+    }
+    by_fold = fold_scores(run)
+    models = [
+        {
+            "name": name,
+            "role": "baseline" if number else "model",
+            "description": descriptions.get(name, "slice attention, out of fold"),
+            "pooled": pooled_figures(labels, probabilities, subjects, evaluation),
+            "folds": by_fold["" if number == 0 else name],
+            "classes": {c: vars(s) for c, s in zip(classes, per_class_scores(labels, probabilities), strict=True)},
+            "confusion": confusion(labels, probabilities).tolist(),
+        }
+        for number, (name, probabilities) in enumerate(in_order.items())
+    ]
+    model, best = models[0], max(models[1:], key=lambda m: m["pooled"]["auroc"]["value"])
+    gain = paired_bootstrap_difference(
+        labels,
+        in_order[model["name"]],
+        in_order[best["name"]],
+        subjects,
+        replicates=evaluation["bootstrap"],
+        seed=evaluation["seed"],
+    )
+    attention = _attention(run.table("attention.csv"))
+    shuffled = _shuffled(run, by_fold[""])
+    verdict = reach_verdict(model, best, gain, shuffled, classes)
+    notes = Counter(note for fold_model in run.models() for note in fold_model.notes())
     metrics: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "classes": classes,
@@ -47,76 +73,78 @@ def judge(run: Run) -> dict[str, Any]:
         "subjects": len(np.unique(subjects)),
         "class_counts": {name: int((labels == k).sum()) for k, name in enumerate(classes)},
         "folds": run.folds,
+        "repeats": evaluation["repeats"],
         "bootstrap": {"replicates": evaluation["bootstrap"], "level": 0.95, "unit": "subject"},
         "chance": vars(chance(labels, len(classes))),
-        "attention": _attention(run.table("attention.csv")),
-        "models": [{k: v for k, v in m.items() if k != "probabilities"} for m in models],
-        "verdict": _verdict(model, baselines, labels, subjects, classes, evaluation),
+        "attention": attention,
+        "shuffled": shuffled,
+        "models": models,
+        "gain": {"over": best["name"], **gain._asdict(), "resampled": _resampled_gain(run, by_fold, best["name"])},
+        "verdict": verdict._asdict(),
     }
-    metrics["verdict"]["sentences"] += _attention_sentences(metrics["attention"])
-    notes = Counter(note for fold_model in run.models() for note in fold_model.notes())
+    metrics["verdict"]["sentences"] += attention_sentences(attention)
     metrics["verdict"]["sentences"] += [f"In {n} of {run.folds} folds {note}." for note, n in sorted(notes.items())]
     write_json(run.folder / "metrics.json", metrics)
     return metrics
 
 
-def _figures(
-    name: str,
-    labels: NDArray[np.int64],
-    probabilities: NDArray[np.float64],
-    subjects: NDArray[Any],
-    folds: NDArray[np.int64],
-    evaluation: dict[str, Any],
-) -> dict[str, Any]:
+def class_index(names: pd.Series[str], classes: list[str]) -> NDArray[np.int64]:
+    """Give the index of each class name."""
+    return np.asarray(pd.Index(classes).get_indexer(names), dtype=np.int64)
+
+
+def pooled_figures(
+    labels: NDArray[np.int64], probabilities: NDArray[np.float64], subjects: NDArray[Any], evaluation: Mapping[str, Any]
+) -> dict[str, dict[str, float]]:
+    """Give every figure with its subject-level bootstrap interval."""
     intervals = bootstrap_intervals(
         labels, probabilities, subjects, replicates=evaluation["bootstrap"], seed=evaluation["seed"]
     )
+    return {key: interval._asdict() for key, interval in intervals.items()}
+
+
+def fold_scores(run: Run) -> dict[str, list[dict[str, Any]]]:
+    """Give the figures of each fold, for the model (under the empty name) and each baseline."""
+    classes = list(run.classes)
+    found: dict[str, list[dict[str, Any]]] = {}
+    for fold in range(run.folds):
+        own = run.table(f"fold-{fold}/predictions.csv").assign(model="")
+        both = pd.concat([own, run.table(f"fold-{fold}/baselines.csv")])
+        for name, rows in both.groupby("model", sort=False):
+            labels = class_index(rows["label"], classes)
+            found.setdefault(str(name), []).append(
+                {"n": len(rows), **vars(score(labels, rows[[f"p_{c}" for c in classes]].to_numpy(np.float64)))}
+            )
+    return found
+
+
+def _shuffled(run: Run, folds: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Set the shuffles beside the figure of one repeat, which is what each of them is."""
+    controls = run.document("controls.json")
+    values = controls["shuffled_aurocs"]
+    if not values:
+        return None
+    observed = controls["auroc_of_one_repeat"]
     return {
-        "name": name,
-        "role": "baseline" if name in BASELINES else "model",
-        "description": BASELINES[name][0] if name in BASELINES else "slice attention, out of fold",
-        "pooled": {key: interval._asdict() for key, interval in intervals.items()},
-        "folds": [vars(score(labels[folds == k], probabilities[folds == k])) for k in np.unique(folds)],
-        "confusion": confusion(labels, probabilities).tolist(),
-        "probabilities": probabilities,
+        "runs": len(values),
+        "mean": float(np.mean(values)),
+        "low": float(min(values)),
+        "high": float(max(values)),
+        "aurocs": values,
+        "observed": observed,
+        "reached": sum(value >= observed for value in values),
+        "p_value": permutation_p_value(observed, values),
     }
 
 
-def _verdict(
-    model: dict[str, Any],
-    baselines: list[dict[str, Any]],
-    labels: NDArray[np.int64],
-    subjects: NDArray[Any],
-    classes: list[str],
-    evaluation: dict[str, Any],
-) -> dict[str, Any]:
-    """Say whether the model tells the classes apart, and whether something simpler does as well."""
-    auroc = model["pooled"]["auroc"]
-    figure = f"AUROC {auroc['value']:.2f} (95 % interval {auroc['low']:.2f} to {auroc['high']:.2f})"
-    told = f"{', '.join(classes[:-1])} and {classes[-1]}"
-    best = max(baselines, key=lambda m: m["pooled"]["auroc"]["value"])
-    rival = f"{best['name']} ({best['description']}) reaches {best['pooled']['auroc']['value']:.2f}"
-    if not auroc["low"] > 0.5:
-        sentences = [f"{figure} on scans that the model had not seen; 0.50 is chance.", f"For comparison, {rival}."]
-        return {"level": "no", "headline": f"No evidence that these scans tell {told} apart", "sentences": sentences}
-    gain = paired_bootstrap_difference(
-        labels,
-        model["probabilities"],
-        best["probabilities"],
-        subjects,
-        replicates=evaluation["bootstrap"],
-        seed=evaluation["seed"],
-    )
-    difference = f"difference {gain.value:+.2f}, {gain.low:+.2f} to {gain.high:+.2f}"
-    sentences = [f"{figure} on scans that the model had not seen; 0.50 is chance."]
-    if gain.low > 0:
-        sentences.append(f"The best of the simple baselines, {rival}; the model does better ({difference}).")
-        return {"level": "yes", "headline": f"The scans tell {told} apart", "sentences": sentences}
-    sentences.append(f"{rival[0].upper()}{rival[1:]}; the model is not shown to do better ({difference}).")
-    if best["name"] == "head size":
-        sentences.append("Brain volume alone may be all that the model sees.")
-    headline = f"The scans tell {told} apart, but something simpler does as well"
-    return {"level": "weak", "headline": headline, "sentences": sentences}
+def _resampled_gain(run: Run, by_fold: dict[str, list[dict[str, Any]]], rival: str) -> dict[str, float] | None:
+    """Compare fold by fold with the corrected resampled t-test, where every fold has an AUROC."""
+    differences = np.array([a["auroc"] - b["auroc"] for a, b in zip(by_fold[""], by_fold[rival], strict=True)])
+    if len(differences) < 2 or not np.isfinite(differences).all():
+        return None
+    held_out = float(np.mean([fold["n"] for fold in by_fold[""]]))
+    scans = len(run.table("cohort.csv"))
+    return corrected_resampled_ttest(differences, n_train=scans - held_out, n_test=held_out)._asdict()
 
 
 def _attention(attention: pd.DataFrame) -> dict[str, float]:
@@ -127,12 +155,3 @@ def _attention(attention: pd.DataFrame) -> dict[str, float]:
         entropy.append(float(-(w[w > 0] * np.log(w[w > 0])).sum() / np.log(len(w))) if len(w) > 1 else 1.0)
         largest.append(float(w.max() * len(w)))
     return {"normalised_entropy": float(np.mean(entropy)), "max_over_uniform": float(np.mean(largest))}
-
-
-def _attention_sentences(attention: dict[str, float]) -> list[str]:
-    if attention["normalised_entropy"] < 0.98:
-        return []
-    return [
-        "The slice weights hardly differ from uniform "
-        f"(normalised entropy {attention['normalised_entropy']:.3f}): read nothing into which slice weighs most."
-    ]

@@ -105,12 +105,13 @@ def predict(run: Run, scan: Path, backbone: Backbone) -> Prediction:
     features = embed_slices(slices, backbone, run.recipe.patches)
     notes = list(volume.notes)
     models = run.models()
-    seen_in = _fold_of(run, scan)
-    if seen_in is not None:
-        models = models[seen_in : seen_in + 1]
-        notes.append(
-            f"this scan is in the training cohort: only the model of fold {seen_in}, which never saw it, answers"
-        )
+    held_out_in = _folds_of(run, scan)
+    if held_out_in:
+        models = [models[fold] for fold in held_out_in]
+        folds = ", ".join(map(str, held_out_in))
+        notes.append(f"this scan is in the training cohort: only models that never saw it answer (fold {folds})")
+    elif held_out_in is not None:
+        notes.append("this scan was trained on by every model: its answer says nothing about how good they are")
     bag = one_bag(Scan(id=stem(scan), path=scan, subject="", row=0), features, run.classes)
     by_fold, weights, maps = [], [], []
     notes += sorted({note for model in models for note in model.notes()})
@@ -134,8 +135,8 @@ def predict(run: Run, scan: Path, backbone: Backbone) -> Prediction:
     )
 
 
-def _fold_of(run: Run, scan: Path) -> int | None:
-    """Give the fold in which a scan of the cohort was held out, None for a new scan."""
+def _folds_of(run: Run, scan: Path) -> list[int] | None:
+    """Give the folds in which a scan of the cohort was held out, None for a new scan."""
     if scan.is_dir():
         return None
     cohort = run.table("cohort.csv")
@@ -143,4 +144,5 @@ def _fold_of(run: Run, scan: Path) -> int | None:
     if same.empty:
         return None
     splits = run.table("splits.csv")
-    return int(splits.loc[splits["scan_id"] == same.iloc[0], "fold"].iloc[0])
+    folds = splits.loc[splits["scan_id"] == same.iloc[0], "fold"]
+    return [int(fold) for fold in folds if fold >= 0]

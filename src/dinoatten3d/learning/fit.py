@@ -17,7 +17,7 @@ from dinoatten3d.learning.bags import Bags
 from dinoatten3d.learning.deviation_model import fit_deviation_model
 from dinoatten3d.learning.losses import composite_loss, cross_entropy
 from dinoatten3d.learning.model import SliceAttentionNet
-from dinoatten3d.learning.splits import inner_folds, outer_folds
+from dinoatten3d.learning.splits import inner_folds, partition
 
 Progress = Callable[[int, int], None]
 
@@ -57,9 +57,18 @@ class Scored:
 
 @dataclass(frozen=True, kw_only=True)
 class CrossValidation:
-    """Out-of-fold answers for every scan, with the fold that gave each and the model of every fold."""
+    """Out-of-fold answers and the models that gave them.
+
+    Attributes:
+        folds: Which fold scored each scan in each repeat, `[repeats, scans]`; -1: none (learning/splits.py).
+        by_repeat: Probabilities in each repeat, `[repeats, scans, classes]`; zero where a scan was not held out.
+        scored: The same, and slice weights, averaged over the repeats.
+        fitted: The model of each fold.
+        seconds: Time taken.
+    """
 
     folds: NDArray[np.int64]
+    by_repeat: NDArray[np.float64]
     scored: Scored
     fitted: tuple[FittedFold, ...]
     seconds: float
@@ -78,24 +87,25 @@ def cross_validate(
     Args:
         bags: Labelled bags.
         recipe: Model, loss and training.
-        evaluation: Number of folds and seed.
-        folds: The fold of each scan, where it is decided elsewhere.
+        evaluation: Kind and number of folds, and the seed.
+        folds: The fold of each scan, `[scans]` or `[repeats, scans]`, where it is decided elsewhere.
         progress: Called with epochs done and the most there can be.
 
     Returns:
         Out-of-fold probabilities and slice weights, and the models.
     """
     started = time.monotonic()
-    labels = bags.labels.numpy()
     if folds is None:
-        folds = outer_folds(labels, bags.subjects, bags.classes, folds=evaluation.folds, seed=evaluation.seed)
+        folds = partition(bags.scans, bags.labels.numpy(), bags.classes, evaluation)
+    folds = np.atleast_2d(folds)
     count = int(folds.max()) + 1
-    probabilities = np.zeros((len(bags), len(bags.classes)))
-    weights = np.zeros(bags.mask.shape)
+    probabilities = np.zeros((len(folds), len(bags), len(bags.classes)))
+    weights = np.zeros((len(folds), *bags.mask.shape))
     fitted = []
     for fold in range(count):
-        train = bags.take(np.flatnonzero(folds != fold))
-        held_out = np.flatnonzero(folds == fold)
+        repeat = int(np.flatnonzero((folds == fold).any(axis=1))[0])
+        train = bags.take(np.flatnonzero(folds[repeat] != fold))
+        held_out = np.flatnonzero(folds[repeat] == fold)
         done = fold * recipe.training.epochs
         fitted.append(
             fit_fold(
@@ -105,11 +115,13 @@ def cross_validate(
                 progress=lambda epoch, done=done: progress(done + epoch, count * recipe.training.epochs),  # type: ignore[misc]
             )
         )
-        probabilities[held_out], weights[held_out] = fitted[-1].model.score(bags.take(held_out))
+        scored = fitted[-1].model.score(bags.take(held_out))
+        probabilities[repeat, held_out], weights[repeat, held_out] = scored
         progress((fold + 1) * recipe.training.epochs, count * recipe.training.epochs)
     return CrossValidation(
         folds=folds,
-        scored=Scored(probabilities=probabilities, weights=weights),
+        by_repeat=probabilities,
+        scored=Scored(probabilities=probabilities.mean(axis=0), weights=weights.mean(axis=0)),
         fitted=tuple(fitted),
         seconds=time.monotonic() - started,
     )

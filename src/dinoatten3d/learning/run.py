@@ -7,11 +7,12 @@ import os
 import platform
 import sys
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ from dinoatten3d.learning.deviation_model import DeviationModel
 from dinoatten3d.learning.fit import CrossValidation, FoldModel
 from dinoatten3d.learning.model import SliceAttentionNet
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 PACKAGES = ("torch", "transformers", "numpy", "scipy", "scikit-learn", "pandas", "nibabel")
 
 
@@ -70,6 +71,13 @@ class Run:
         except (OSError, ValueError) as error:
             raise RunError(f"{self.folder / name} cannot be read ({error}); train again") from None
 
+    def document(self, name: str) -> dict[str, Any]:
+        """Read one of the run's JSON files."""
+        try:
+            return dict(json.loads((self.folder / name).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise RunError(f"{self.folder / name} cannot be read ({error}); train again") from None
+
     def models(self) -> list[FoldModel]:
         """Load the model of every fold."""
         return [_read_model(self.folder / f"fold-{k}" / "model.safetensors", self.recipe) for k in range(self.folds)]
@@ -82,7 +90,8 @@ def write_run(
     *,
     store: FeatureStore,
     config: dict[str, Any],
-    baselines: pd.DataFrame | None = None,
+    baselines: Mapping[str, NDArray[np.float64]] = MappingProxyType({}),
+    extras: Mapping[str, Any] = MappingProxyType({}),
 ) -> Run:
     """Write a run folder; it appears whole or not at all.
 
@@ -92,7 +101,8 @@ def write_run(
         result: What cross-validation gave.
         store: Where the features came from.
         config: Tables `run`, `cohort`, `features`, `recipe`, `evaluation` as `config.toml` holds them.
-        baselines: Out-of-fold probabilities of the simplest models on the same folds.
+        baselines: Name to out-of-fold probabilities of simpler models on the same folds, `[repeats, scans, classes]`.
+        extras: File name to what it holds as JSON.
 
     Raises:
         RunError: `out` exists.
@@ -100,17 +110,20 @@ def write_run(
     if out.exists():
         raise RunError(f"{out} exists; choose another --out or remove it (a run is never overwritten)")
     ids = [scan.id for scan in bags.scans]
-    predictions = probability_table(bags, result.scored.probabilities, result.folds)
-    attention = attention_table(bags, result.scored.weights, result.folds)
+    first = result.folds[0]
+    predictions = probability_table(bags, result.scored.probabilities, first)
+    attention = attention_table(bags, result.scored.weights, first)
     with whole_folder(out) as folder:
         write_text(folder / "config.toml", tomli_w.dumps({"format_version": FORMAT_VERSION, **config}))
         cohort_table(bags.scans, bags.brain_ml).to_csv(folder / "cohort.csv", index=False)
-        splits = predictions[["scan_id", "subject", "label", "fold"]]
-        splits.to_csv(folder / "splits.csv", index=False)
+        splits_table(bags, result.folds).to_csv(folder / "splits.csv", index=False)
         predictions.to_csv(folder / "predictions.csv", index=False)
         attention.to_csv(folder / "attention.csv", index=False)
-        if baselines is not None:
-            baselines.to_csv(folder / "baselines.csv", index=False)
+        if baselines:
+            means = {name: by_repeat.mean(axis=0) for name, by_repeat in baselines.items()}
+            _model_tables(bags, means, first).to_csv(folder / "baselines.csv", index=False)
+        for name, content in extras.items():
+            write_json(folder / name, content)
         for fold, fitted in enumerate(result.fitted):
             place = folder / f"fold-{fold}"
             place.mkdir()
@@ -123,7 +136,13 @@ def write_run(
             lines = [json.dumps(row) for row in fitted.history]
             if lines:
                 write_text(place / "history.jsonl", "\n".join(lines) + "\n")
-            predictions[predictions["fold"] == fold].to_csv(place / "predictions.csv", index=False)
+            repeat = int(np.flatnonzero((result.folds == fold).any(axis=1))[0])
+            own = probability_table(bags, result.by_repeat[repeat], result.folds[repeat])
+            own[own["fold"] == fold].to_csv(place / "predictions.csv", index=False)
+            if baselines:
+                once = {name: by_repeat[repeat] for name, by_repeat in baselines.items()}
+                rows = _model_tables(bags, once, np.where(result.folds[repeat] == fold, fold, -1))
+                rows.to_csv(place / "baselines.csv", index=False)
         write_json(folder / "environment.json", environment(seconds=result.seconds, scans=len(ids)))
     return open_run(out)
 
@@ -186,8 +205,20 @@ def acting_settings(recipe: Recipe) -> dict[str, Any]:
     return tables
 
 
+def splits_table(bags: Bags, folds: NDArray[np.int64]) -> pd.DataFrame:
+    """Give one row a scan and repeat with the fold that scores it; -1 where it is only trained on."""
+    one = pd.DataFrame(
+        {
+            "scan_id": [scan.id for scan in bags.scans],
+            "subject": bags.subjects,
+            "label": np.array(bags.classes)[bags.labels.numpy()],
+        }
+    )
+    return pd.concat([one.assign(repeat=r, fold=own) for r, own in enumerate(folds)], ignore_index=True)
+
+
 def probability_table(bags: Bags, probabilities: NDArray[np.float64], folds: NDArray[np.int64]) -> pd.DataFrame:
-    """Give one row a scan: true class, fold, predicted class and a probability for each class."""
+    """Give one row a held-out scan: true class, fold, predicted class and a probability for each class."""
     names = np.array(bags.classes)
     table = pd.DataFrame(
         {
@@ -200,12 +231,17 @@ def probability_table(bags: Bags, probabilities: NDArray[np.float64], folds: NDA
     )
     for number, name in enumerate(bags.classes):
         table[f"p_{name}"] = probabilities[:, number]
-    return table
+    return table[folds >= 0].reset_index(drop=True)
+
+
+def _model_tables(bags: Bags, answers: Mapping[str, NDArray[np.float64]], folds: NDArray[np.int64]) -> pd.DataFrame:
+    tables = [probability_table(bags, found, folds).assign(model=name) for name, found in answers.items()]
+    return pd.concat(tables, ignore_index=True)
 
 
 def attention_table(bags: Bags, weights: NDArray[np.float64], folds: NDArray[np.int64]) -> pd.DataFrame:
-    """Give one row a slice with its position and weight."""
-    scan, part = np.nonzero(bags.mask.numpy())
+    """Give one row a slice of a held-out scan with its position and weight."""
+    scan, part = np.nonzero(bags.mask.numpy() & (folds >= 0)[:, None])
     return pd.DataFrame(
         {
             "scan_id": np.array([s.id for s in bags.scans])[scan],

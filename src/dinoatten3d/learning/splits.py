@@ -1,17 +1,106 @@
-"""Folds that keep a subject's scans together and the classes in proportion."""
+"""Who is held out when: folds that keep a subject's scans together, sites, or what the table says.
+
+A partition is an integer array `[repeats, scans]`: the number of the fold in which a scan is scored, unique over
+repeats, or -1 where it is only ever trained on. The model of fold k is trained on what its repeat does not hold out
+in k.
+"""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.model_selection import StratifiedGroupKFold
 
+from dinoatten3d.config import EvaluationConfig
+from dinoatten3d.data.cohort import Scan
 from dinoatten3d.errors import CohortError
 
 ATTEMPTS = 20
+TRAIN, TEST = ("train", "training", "val", "validation"), ("test",)
+"""Values of a `split` column that name sides; validation scans are trained on, since inner folds choose."""
+
+
+def partition(
+    scans: Sequence[Scan], labels: NDArray[np.int64], classes: tuple[str, ...], evaluation: EvaluationConfig
+) -> NDArray[np.int64]:
+    """Decide who is held out when.
+
+    Args:
+        scans: The scans.
+        labels: Class index, `[scans]`.
+        classes: Names of the classes.
+        evaluation: The kind of split, the number of folds and repeats, the seed.
+
+    Returns:
+        Fold of each scan, `[repeats, scans]`; -1 where it is never held out.
+
+    Raises:
+        CohortError: The cohort does not allow it; the message says what to do.
+    """
+    subjects = np.array([scan.subject for scan in scans])
+    if evaluation.split == "folds":
+        count = evaluation.folds
+        repeats = [
+            outer_folds(labels, subjects, classes, folds=count, seed=evaluation.seed + 7919 * r) + count * r
+            for r in range(evaluation.repeats)
+        ]
+        return np.stack(repeats)
+    values = [getattr(scan, "site" if evaluation.split == "site" else "split") for scan in scans]
+    held_out = _by_column(values, "site" if evaluation.split == "site" else "split")
+    _check_given_split(held_out, labels, subjects, classes, values)
+    return held_out[None]
+
+
+def _by_column(values: list[str | None], column: str) -> NDArray[np.int64]:
+    """Make each value a fold; of `train` and `test` only the second is held out."""
+    if None in values:
+        raise CohortError(
+            f"{values.count(None)} of {len(values)} scans have no {column}; fill the column in, or use "
+            "--evaluation.split folds"
+        )
+    names = sorted({str(value) for value in values})
+    if len(names) < 2:
+        raise CohortError(
+            f"column {column} holds the single value '{names[0]}'; two or more are needed to hold one out"
+        )
+    sides = {name.lower() for name in names}
+    if column == "split" and sides <= {*TRAIN, *TEST}:
+        if not sides & set(TEST):
+            raise CohortError("column split names no 'test' scan, so none could be scored; name some")
+        return np.array([0 if str(value).lower() in TEST else -1 for value in values])
+    return np.array([names.index(str(value)) for value in values])
+
+
+def _check_given_split(
+    held_out: NDArray[np.int64],
+    labels: NDArray[np.int64],
+    subjects: NDArray[Any],
+    classes: tuple[str, ...],
+    values: list[str | None],
+) -> None:
+    for subject in np.unique(subjects):
+        sides = {str(values[i]) for i in np.flatnonzero(subjects == subject)}
+        if len(np.unique(held_out[subjects == subject])) > 1:
+            raise CohortError(
+                f"subject {subject} is in {' and '.join(sorted(sides))}: training and test scans would share a "
+                "person; mend the table"
+            )
+    for number, name in enumerate(classes):
+        if not ((held_out >= 0) & (labels == number)).any():
+            raise CohortError(f"no scan of class '{name}' is held out, so nothing could be said of it; mend the split")
+    for fold in np.unique(held_out[held_out >= 0]):
+        for number, name in enumerate(classes):
+            people = len(np.unique(subjects[(held_out != fold) & (labels == number)]))
+            if people < 2:
+                left_out = values[int(np.flatnonzero(held_out == fold)[0])]
+                raise CohortError(
+                    f"without '{left_out}' class '{name}' has {people} subjects left to train on, 2 are needed; "
+                    "use --evaluation.split folds"
+                )
 
 
 def outer_folds(

@@ -192,10 +192,11 @@ def _case_rows(record: Record, thumbnails: Mapping[str, CaseSlices]) -> list[dic
 
 def _audit(record: Record) -> dict[str, Any]:
     """What the folder itself proves about leakage: checked here, not copied from a promise."""
-    folds_of_subject = record.splits.groupby("subject")["fold"].nunique()
+    folds_of_subject = record.splits.groupby(["repeat", "subject"])["fold"].nunique()
     predicted = record.predictions["scan_id"]
     sites = set(record.cohort["site"]) - {""} if "site" in record.cohort else set()
-    labelled = record.cohort[record.cohort["label"].isin(record.classes)]
+    held_out = set(record.splits.loc[record.splits["fold"] >= 0, "scan_id"])
+    labelled = record.cohort[record.cohort["label"].isin(record.classes) & record.cohort["scan_id"].isin(held_out)]
     return {
         "leaking": int((folds_of_subject > 1).sum()),
         "twice": int(predicted.duplicated().sum()),
@@ -245,6 +246,9 @@ def _comparison_figures(record: Record) -> dict[str, tuple[Figure, str]]:
     models = [_model(record), *_baselines(record)]
     chance = record.metrics["chance"].get("auroc")
     pooled = {model["name"]: model["pooled"].get("auroc") or {} for model in models}
+    shuffled = record.metrics.get("shuffled")
+    if shuffled:
+        pooled["shuffled labels"] = {"value": shuffled["mean"], "low": shuffled["low"], "high": shuffled["high"]}
     by_fold = {model["name"]: [fold.get("auroc") for fold in model["folds"]] for model in models}
     named = ", ".join(f"{name} {number(auroc.get('value'))}" for name, auroc in pooled.items())
     of_model = ", ".join(number(auroc) for auroc in by_fold[models[0]["name"]])

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from dinoatten3d.config import read_toml
 from dinoatten3d.errors import ConfigError, RunError
 from dinoatten3d.evaluation.metrics import check_predictions
+from dinoatten3d.learning.run import FORMAT_VERSION
 
-FORMAT = 1
-_NUMBERS = ("fold", "age", "brain_ml", "slice", "position_mm", "weight")
+_NUMBERS = ("repeat", "fold", "age", "brain_ml", "slice", "position_mm", "weight")
 _HISTORY = ("train_loss", "validation_loss", "validation_auroc")
 
 
@@ -31,7 +31,7 @@ class Record:
         metrics: `metrics.json`.
         environment: `environment.json`.
         cohort: One row a scan.
-        splits: scan_id, subject, label, fold.
+        splits: scan_id, subject, label, repeat, fold (-1: only trained on).
         predictions: Pooled out-of-fold: scan_id, subject, label, fold, predicted, p_<class>.
         baselines: The same for every baseline, named in `model`; empty where none was run.
         attention: One row a slice: scan_id, fold, label, slice, plane, position_mm, weight.
@@ -73,7 +73,7 @@ def read_record(folder: Path) -> Record:
         metrics=_metrics(folder),
         environment=_json(folder, "environment.json"),
         cohort=_table(folder, "cohort.csv", ("scan_id", "subject", "label")),
-        splits=_table(folder, "splits.csv", ("scan_id", "subject", "label", "fold")),
+        splits=_table(folder, "splits.csv", ("scan_id", "subject", "label", "repeat", "fold")),
         predictions=_table(folder, "predictions.csv", (*probabilities, "predicted")),
         baselines=_baselines(folder, ("model", *probabilities)),
         attention=_table(folder, "attention.csv", ("scan_id", "label", "plane", "position_mm", "weight")),
@@ -124,10 +124,10 @@ def _metrics(folder: Path) -> dict[str, Any]:
 
 
 def _check_format(folder: Path, found: dict[str, Any]) -> None:
-    if found.get("format_version") != FORMAT:
+    if found.get("format_version") != FORMAT_VERSION:
         seen = found.get("format_version", "unknown")
         raise RunError(
-            f"run folder {folder} has format {seen}, this program reads {FORMAT}; "
+            f"run folder {folder} has format {seen}, this program reads {FORMAT_VERSION}; "
             "use the version of dinoatten3d that made it, or train again"
         )
 
