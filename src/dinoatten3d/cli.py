@@ -187,6 +187,44 @@ def train(
 
 
 @app.command
+def evaluate(
+    run: Path,
+    /,
+    *,
+    cohort: Path,
+    features: Path,
+    out: Path,
+    target: str | None = None,
+    classes: Classes = [],  # noqa: B006
+    ignore: Ignore = [],  # noqa: B006
+) -> None:
+    """Score another cohort with the models of a run, as they are; a person of the run's own cohort is refused.
+
+    Args:
+        run: A run folder.
+        cohort: Table or BIDS folder of the other cohort.
+        features: Its features, made like those of the run (in the same folder, so that the controls can be fitted too).
+        out: Folder to make: tables, figures and a report like a run's.
+        target: Column with the label; by default named like the run's.
+    """
+    from dinoatten3d.data.cohort import read_cohort
+    from dinoatten3d.features.store import open_store
+    from dinoatten3d.learning.run import open_run
+    from dinoatten3d.steps import evaluate_run
+
+    opened = open_run(run)
+    table = read_cohort(
+        cohort,
+        target=target or opened.config["cohort"]["target"],
+        classes=classes or list(opened.classes),
+        ignore=ignore,
+    )
+    evaluation = evaluate_run(opened, table, open_store(features), out)
+    print_verdict(evaluation.folder)
+    print(f"report  {evaluation.folder / 'report.html'}")
+
+
+@app.command
 def report(run: Path) -> None:
     """Compute the figures of a run again and write its report.
 

@@ -14,6 +14,13 @@ from dinoatten3d.data.slices import take_slices
 from dinoatten3d.data.volume import load_volume
 from dinoatten3d.errors import DinoAtten3DError, RunError
 from dinoatten3d.evaluation.controls import run_baselines, shuffled_aurocs
+from dinoatten3d.evaluation.external import (
+    external_baselines,
+    refuse_other_features,
+    refuse_seen,
+    score_external,
+    shuffled_external,
+)
 from dinoatten3d.evaluation.intervals import delong_interval
 from dinoatten3d.evaluation.judge import judge
 from dinoatten3d.evaluation.metrics import score
@@ -24,7 +31,7 @@ from dinoatten3d.inference.explain import deviation_map, explain, slice_weight_m
 from dinoatten3d.inference.predict import Prediction
 from dinoatten3d.learning.bags import load_bags
 from dinoatten3d.learning.fit import cross_validate
-from dinoatten3d.learning.run import Run, open_run, run_config, write_run
+from dinoatten3d.learning.run import Run, now, open_run, run_config, write_run
 from dinoatten3d.report.cases import CaseSlices, choose_cases
 from dinoatten3d.report.html import write_report
 from dinoatten3d.report.slices_figure import slice_weights_figure
@@ -96,6 +103,43 @@ def train_run(
     )
     report_run(run.folder)
     return run
+
+
+def evaluate_run(run: Run, cohort: Cohort, store: FeatureStore, out: Path) -> Run:
+    """Score another cohort with the models of a run, and leave a folder with tables, figures and a report.
+
+    Raises:
+        RunError: The cohort shares a person or a file with the run's, its features were made in another way, `out`
+            exists, or `run` is itself an evaluation.
+    """
+    if run.evaluates is not None:
+        raise RunError(f"{run.folder} is an evaluation and has no models of its own; give {run.evaluates}")
+    if out.exists():
+        raise RunError(f"{out} exists; choose another --out or remove it (a run is never overwritten)")
+    refuse_other_features(run, store)
+    refuse_seen(run, cohort)
+    bags = load_bags(replace(cohort, classes=run.classes), store)
+    result = score_external(run, bags)
+    controls = {
+        "auroc_of_one_repeat": score(bags.labels.numpy(), result.scored.probabilities).auroc,
+        "shuffled_aurocs": shuffled_external(bags, result, seed=run.config["evaluation"]["seed"]),
+    }
+    about = {
+        "run": run.config["run"] | {"name": out.name, "created": now(), "evaluates": str(run.folder.resolve())},
+        "cohort": run.config["cohort"] | {"path": str(cohort.source.resolve())},
+        "evaluation": run.config["evaluation"] | {"repeats": 1},
+    }
+    evaluation = write_run(
+        out,
+        bags,
+        result,
+        store=store,
+        config=run.config | about,
+        baselines=external_baselines(run, cohort, store),
+        extras={"controls.json": controls},
+    )
+    report_run(evaluation.folder)
+    return evaluation
 
 
 def report_run(folder: Path) -> Path:

@@ -126,6 +126,7 @@ def _shuffled(run: Run, folds: list[dict[str, Any]]) -> dict[str, Any] | None:
         return None
     observed = controls["auroc_of_one_repeat"]
     return {
+        "pipeline": run.evaluates is None,
         "runs": len(values),
         "mean": float(np.mean(values)),
         "low": float(min(values)),

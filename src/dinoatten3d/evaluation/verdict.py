@@ -68,7 +68,8 @@ def _shuffled_sentences(shuffled: dict[str, Any] | None) -> Sequence[str]:
     if shuffled is None:
         return ["The pipeline was not run on shuffled labels."]
     spread = f"{shuffled['mean']:.2f} on average ({shuffled['low']:.2f} to {shuffled['high']:.2f})"
+    what = "With shuffled labels the same pipeline reaches" if shuffled["pipeline"] else "Shuffled labels give"
     return [
-        f"With shuffled labels the same pipeline reaches {spread} in {shuffled['runs']} runs; "
-        f"{shuffled['reached']} of them reach the model's figure (p = {shuffled['p_value']:.2f})."
+        f"{what} {spread} in {shuffled['runs']} runs; {shuffled['reached']} of them reach the model's figure "
+        f"(p = {shuffled['p_value']:.3f})."
     ]

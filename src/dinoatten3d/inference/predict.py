@@ -92,8 +92,10 @@ def predict(run: Run, scan: Path, backbone: Backbone) -> Prediction:
 
     Raises:
         ScanError: The scan cannot be used.
-        RunError: The backbone is not the run's.
+        RunError: The backbone is not the run's, or the run is an evaluation without models.
     """
+    if run.evaluates is not None:
+        raise RunError(f"{run.folder} is an evaluation and has no models of its own; give {run.evaluates}")
     made_with = run.config["features"]["backbone_identity"]
     if made_with["sha256"] != backbone.identity["sha256"]:
         raise RunError(

@@ -31,7 +31,7 @@ from dinoatten3d.features.store import FeatureStore
 from dinoatten3d.files import sha256, whole_folder, write_json, write_text
 from dinoatten3d.learning.bags import Bags
 from dinoatten3d.learning.deviation_model import DeviationModel
-from dinoatten3d.learning.fit import CrossValidation, FoldModel
+from dinoatten3d.learning.fit import CrossValidation, FittedFold, FoldModel
 from dinoatten3d.learning.model import SliceAttentionNet
 
 FORMAT_VERSION = 2
@@ -54,6 +54,12 @@ class Run:
     def recipe(self) -> Recipe:
         """The recipe that was trained."""
         return from_dict(Recipe, self.config["recipe"], str(self.folder / "config.toml"))
+
+    @property
+    def evaluates(self) -> str | None:
+        """The run whose models gave these answers, where this is an evaluation on another cohort."""
+        found = self.config["run"].get("evaluates")
+        return None if found is None else str(found)
 
     @property
     def folds(self) -> int:
@@ -79,7 +85,9 @@ class Run:
             raise RunError(f"{self.folder / name} cannot be read ({error}); train again") from None
 
     def models(self) -> list[FoldModel]:
-        """Load the model of every fold."""
+        """Load the model of every fold; an evaluation on another cohort has none of its own."""
+        if self.evaluates is not None:
+            return []
         return [_read_model(self.folder / f"fold-{k}" / "model.safetensors", self.recipe) for k in range(self.folds)]
 
 
@@ -124,18 +132,9 @@ def write_run(
             _model_tables(bags, means, first).to_csv(folder / "baselines.csv", index=False)
         for name, content in extras.items():
             write_json(folder / name, content)
-        for fold, fitted in enumerate(result.fitted):
+        for fold in range(int(result.folds.max()) + 1):
             place = folder / f"fold-{fold}"
             place.mkdir()
-            shape = {"dim": bags.features.shape[-1], "classes": len(bags.classes)}
-            save_file(
-                fitted.model.tensors(),
-                place / "model.safetensors",
-                {"shape": json.dumps(shape), "features": store.digest},
-            )
-            lines = [json.dumps(row) for row in fitted.history]
-            if lines:
-                write_text(place / "history.jsonl", "\n".join(lines) + "\n")
             repeat = int(np.flatnonzero((result.folds == fold).any(axis=1))[0])
             own = probability_table(bags, result.by_repeat[repeat], result.folds[repeat])
             own[own["fold"] == fold].to_csv(place / "predictions.csv", index=False)
@@ -143,6 +142,9 @@ def write_run(
                 once = {name: by_repeat[repeat] for name, by_repeat in baselines.items()}
                 rows = _model_tables(bags, once, np.where(result.folds[repeat] == fold, fold, -1))
                 rows.to_csv(place / "baselines.csv", index=False)
+        shape = {"dim": bags.features.shape[-1], "classes": len(bags.classes)}
+        for fold, fitted in enumerate(result.fitted):
+            _write_model(folder / f"fold-{fold}", fitted, {"shape": json.dumps(shape), "features": store.digest})
         write_json(folder / "environment.json", environment(seconds=result.seconds, scans=len(ids)))
     return open_run(out)
 
@@ -181,11 +183,10 @@ def run_config(
     features: dict[str, Any],
 ) -> dict[str, Any]:
     """Put together what `config.toml` holds."""
-    created = datetime.now(UTC).isoformat(timespec="seconds")
     return {
         "run": {
             "name": name,
-            "created": created,
+            "created": now(),
             "recipe": recipe_name,
             "version": __version__,
             "target": cohort["target"],
@@ -195,6 +196,11 @@ def run_config(
         "recipe": acting_settings(recipe),
         "evaluation": to_dict(evaluation),
     }
+
+
+def now() -> str:
+    """Give the time as a run records it."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def acting_settings(recipe: Recipe) -> dict[str, Any]:
@@ -232,6 +238,13 @@ def probability_table(bags: Bags, probabilities: NDArray[np.float64], folds: NDA
     for number, name in enumerate(bags.classes):
         table[f"p_{name}"] = probabilities[:, number]
     return table[folds >= 0].reset_index(drop=True)
+
+
+def _write_model(place: Path, fitted: FittedFold, header: dict[str, str]) -> None:
+    save_file(fitted.model.tensors(), place / "model.safetensors", header)
+    lines = [json.dumps(row) for row in fitted.history]
+    if lines:
+        write_text(place / "history.jsonl", "\n".join(lines) + "\n")
 
 
 def _model_tables(bags: Bags, answers: Mapping[str, NDArray[np.float64]], folds: NDArray[np.int64]) -> pd.DataFrame:
