@@ -31,14 +31,48 @@ def composite_loss(
     labels: Int[Tensor, "#models scans"],
     include: Bool[Tensor, "models scans"],
     config: LossConfig,
-    class_weights: Float[Tensor, "models classes"] | None = None,
+    frequency: Float[Tensor, "models classes"] | None = None,
 ) -> LossTerms:
-    """Cross-entropy + supcon weight x SupCon + variance weight x within-class variance (Rafsani et al. 2025)."""
-    ce = cross_entropy(logits, labels, include, class_weights)
+    """Cross-entropy + supcon weight x SupCon + variance weight x within-class variance (Rafsani et al. 2025).
+
+    Args:
+        logits: What the models say.
+        embedding: What they say it from.
+        labels: Class index.
+        include: Scans that count.
+        config: Weights and variants.
+        frequency: Share of each class among the scans that a model is fitted on; None: all alike, nothing to mend.
+    """
+    ce = classification_loss(logits, labels, include, config, frequency)
     zero = torch.zeros_like(ce)
     contrast = supcon(embedding, labels, include, config.temperature, config.lonely_anchors) if config.supcon else zero
     spread = within_class_variance(embedding, labels, include, config.variance_scale) if config.variance else zero
     return LossTerms(ce + config.supcon * contrast + config.variance * spread, ce, contrast, spread)
+
+
+def classification_loss(
+    logits: Float[Tensor, "models scans classes"],
+    labels: Int[Tensor, "#models scans"],
+    include: Bool[Tensor, "models scans"],
+    config: LossConfig,
+    frequency: Float[Tensor, "models classes"] | None = None,
+) -> Float[Tensor, " models"]:
+    """Cross-entropy in the recipe's variant.
+
+    Logit adjustment (Menon et al. 2021, equation 10, tau = 1) adds the log-frequency of the classes in training only:
+    what the model says later is for classes that come as often.
+    """
+    gamma = float(config.focal_gamma) if config.classification == "focal" else 0.0
+    if frequency is None:
+        return cross_entropy(logits, labels, include, gamma=gamma)
+    if config.classification == "logit_adjusted":
+        return cross_entropy(logits + frequency.log().unsqueeze(1), labels, include)
+    return cross_entropy(logits, labels, include, balanced(frequency) if config.class_weights else None, gamma)
+
+
+def balanced(frequency: Float[Tensor, "models classes"]) -> Float[Tensor, "models classes"]:
+    """Weigh each class so that all have the same share, one on average over scans."""
+    return 1 / (frequency.shape[1] * frequency)
 
 
 def cross_entropy(
@@ -46,12 +80,18 @@ def cross_entropy(
     labels: Int[Tensor, "#models scans"],
     include: Bool[Tensor, "models scans"],
     class_weights: Float[Tensor, "models classes"] | None = None,
+    gamma: float = 0.0,
 ) -> Float[Tensor, " models"]:
-    """Mean negative log-probability of the true class, weighted by class where weights are given."""
+    """Mean negative log-probability of the true class, weighted by class where weights are given.
+
+    With `gamma` (focal loss, Lin et al. 2017) each scan also counts by (1 - p) ** gamma, p being the probability of
+    its true class.
+    """
     log_p = functional.log_softmax(logits, dim=-1)
     true = log_p.gather(-1, labels.expand(len(logits), -1).unsqueeze(-1)).squeeze(-1)
     weight = include.to(true.dtype) if class_weights is None else include * _of_class(class_weights, labels)
-    return -(weight * true).sum(dim=1) / weight.sum(dim=1).clamp_min(1e-12)
+    loss = true * (1 - true.exp()) ** gamma if gamma else true
+    return -(weight * loss).sum(dim=1) / weight.sum(dim=1).clamp_min(1e-12)
 
 
 def supcon(

@@ -27,11 +27,14 @@ class Job:
         rows: Its training scans among the bags, `[train]`.
         labels: Their class index, `[train]`: the true one, or a shuffled one for a control.
         seed: Decides initial weights, inner folds, batches and dropout.
+        validate: Scans that choose the epoch of each member, bool `[members, train]`, which it is not fitted on; None
+            draws inner folds, stratified and by subject.
     """
 
     rows: NDArray[np.int64]
     labels: NDArray[np.int64]
     seed: int
+    validate: NDArray[np.bool_] | None = None
 
 
 class Plan(NamedTuple):
@@ -53,18 +56,27 @@ class Plan(NamedTuple):
     steps: int
     generator: torch.Generator
 
-    def batches(self) -> list[Tensor]:
-        """Shuffle the rows of an epoch into batches of nearly equal size (no last batch of one)."""
-        order = self.fitted_on[torch.randperm(len(self.fitted_on), generator=self.generator)]
-        return list(torch.tensor_split(order, self.steps))
+    def batches(self, sampling: str) -> list[Tensor]:
+        """Deal the rows of an epoch into batches of nearly equal size (no last batch of one)."""
+        count = len(self.fitted_on)
+        if sampling == "balanced":  # with replacement, each class as often
+            labels = torch.from_numpy(self.job.labels)[self.fitted_on]
+            chance = 1 / torch.bincount(labels)[labels]
+            order = torch.multinomial(chance, count, replacement=True, generator=self.generator)
+        else:
+            order = torch.randperm(count, generator=self.generator)
+        return list(torch.tensor_split(self.fitted_on[order], self.steps))
 
 
 def plan_job(bags: Bags, job: Job, recipe: Recipe) -> Plan:
     """Draw inner folds and initial weights, and fit the scaling; member m is validated on inner fold m."""
     training = recipe.training
     generator = torch.Generator().manual_seed(job.seed)
-    inner = inner_folds(job.labels, bags.subjects[job.rows], folds=training.inner_folds, seed=job.seed)
-    validate = torch.from_numpy(np.stack([inner == m % (inner.max() + 1) for m in range(training.members)]))
+    chosen = job.validate
+    if chosen is None:
+        inner = inner_folds(job.labels, bags.subjects[job.rows], folds=training.inner_folds, seed=job.seed)
+        chosen = np.stack([inner == m % (inner.max() + 1) for m in range(training.members)])
+    validate = torch.from_numpy(chosen)
     model = SliceAttentionNet(
         dim=bags.features.shape[-1],
         classes=len(bags.classes),
@@ -87,7 +99,7 @@ class Stack(NamedTuple):
         labels: `[models, train]`.
         fit: Scans that a model is fitted on, bool `[models, train]`.
         validation: Rows of a model's validation scans, `[models, validation]`, -1 where padded.
-        class_weights: `[models, classes]`, or None where the recipe has none.
+        frequency: Share of each class among the scans that a model is fitted on, `[models, classes]`.
     """
 
     features: Tensor
@@ -95,7 +107,7 @@ class Stack(NamedTuple):
     labels: Tensor
     fit: Tensor
     validation: Tensor
-    class_weights: Tensor | None
+    frequency: Tensor
 
     def models(self, jobs: Tensor) -> Tensor:
         """Give the models of these jobs, in order."""
@@ -121,7 +133,7 @@ def stack_jobs(bags: Bags, plans: Sequence[Plan], recipe: Recipe) -> Stack:
         validation=pad_sequence(
             [torch.nonzero(v).squeeze(1) for plan in plans for v in plan.validate], batch_first=True, padding_value=-1
         ),
-        class_weights=_class_weights(of_model, fit, len(bags.classes)) if recipe.loss.class_weights else None,
+        frequency=_frequency(of_model, fit, len(bags.classes)),
     )
 
 
@@ -148,26 +160,24 @@ def make_batch(
 ) -> Batch:
     """Put the batches of several jobs side by side; each job draws its dropout from its own generator."""
     models = stack.models(jobs)
-    members = len(models) // len(jobs)
-    dim = stack.features.shape[-1]
-    masks, keeps = [], []
-    for job, own, generator in zip(jobs.tolist(), rows, generators, strict=True):
-        mask = stack.mask[job, own]
-        if config.slice_dropout:
-            kept = mask & (torch.rand(mask.shape, generator=generator) >= config.slice_dropout)
-            mask = torch.where(kept.any(dim=1, keepdim=True), kept, mask)
-        masks.append(mask)
-        if config.dropout:
-            drawn = torch.rand((members, len(own), dim), generator=generator)
-            keeps.append((drawn < 1 - config.dropout).transpose(0, 1) / (1 - config.dropout))
+    members, dim = len(models) // len(jobs), stack.features.shape[-1]
     padded = pad_sequence(list(rows), batch_first=True, padding_value=-1)
     real = (padded >= 0).repeat_interleave(members, dim=0)
     padded = padded.clamp_min(0)
     of_model = padded.repeat_interleave(members, dim=0)
+    mask, keep = stack.mask[jobs.unsqueeze(1), padded], None
+    if config.slice_dropout:
+        drawn = [torch.rand((len(r), mask.shape[-1]), generator=g) for r, g in zip(rows, generators, strict=True)]
+        kept = mask & (pad_sequence(drawn, batch_first=True) >= config.slice_dropout)
+        mask = torch.where(kept.any(dim=-1, keepdim=True), kept, mask)
+    if config.dropout:
+        drawn = [torch.rand((members, len(r), dim), generator=g) for r, g in zip(rows, generators, strict=True)]
+        by_scan = pad_sequence([d.transpose(0, 1) for d in drawn], batch_first=True)
+        keep = (by_scan.transpose(1, 2).flatten(0, 1) < 1 - config.dropout) / (1 - config.dropout)
     return Batch(
         rows=padded,
-        mask=pad_sequence(masks, batch_first=True, padding_value=True),
-        keep=pad_sequence(keeps, batch_first=True).transpose(1, 2).flatten(0, 1) if keeps else None,
+        mask=mask,
+        keep=keep,
         labels=stack.labels[models].gather(1, of_model),
         include=stack.fit[models].gather(1, of_model) & real,
     )
@@ -219,8 +229,8 @@ def inner_probabilities(plan: Plan, validation: Tensor, logits: Tensor) -> NDArr
     return np.asarray((total / plan.validate.sum(dim=0).unsqueeze(1)).numpy())  # 0 / 0 is NaN: never validated
 
 
-def _class_weights(labels: Tensor, include: Tensor, classes: int) -> Tensor:
-    """Inverse class frequency of each model's training scans, averaging one, `[models, classes]`."""
+def _frequency(labels: Tensor, include: Tensor, classes: int) -> Tensor:
+    """Share of each class among each model's scans; an absent class counts as one scan, `[models, classes]`."""
     of_class = labels.unsqueeze(1) == torch.arange(classes)[:, None]
     count = (include.unsqueeze(1) & of_class).sum(dim=-1).clamp_min(1)
-    return count.sum(dim=1, keepdim=True) / (classes * count)
+    return count / count.sum(dim=1, keepdim=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dinoatten3d.config import Recipe
 from dinoatten3d.learning.bags import Bags
-from dinoatten3d.learning.losses import composite_loss, cross_entropy
+from dinoatten3d.learning.losses import balanced, composite_loss, cross_entropy
 from dinoatten3d.learning.model import SliceAttentionNet
 from dinoatten3d.learning.stack import (
     BestEpoch,
@@ -107,7 +107,7 @@ def _train_stack(bags: Bags, plans: Sequence[Plan], recipe: Recipe, progress: Ca
     for epoch in range(training.epochs):
         loss = _epoch(net, optimiser, stack, pooled, [plans[job] for job in jobs], jobs, recipe)
         models = stack.models(jobs)
-        found = _validate(net, stack, pooled, models)
+        found = _validate(net, stack, pooled, models, recipe)
         # accuracy moves in steps; the loss decides between equal ones
         figure = found.loss if training.checkpoint == "loss" else -found.accuracy + 1e-4 * found.loss
         watch.see(epoch, models, figure, net, found.logits)
@@ -142,17 +142,17 @@ def _epoch(
 ) -> Tensor:
     """Take one pass over every job's scans; gives the mean training loss, `[models]`."""
     models = stack.models(jobs)
-    weights = None if stack.class_weights is None else stack.class_weights[models]
+    frequency = None if recipe.training.sampling == "balanced" else stack.frequency[models]
     generators = [plan.generator for plan in plans]
     total = torch.zeros(len(models))
-    for rows in zip(*(plan.batches() for plan in plans), strict=True):
+    for rows in zip(*(plan.batches(recipe.training.sampling) for plan in plans), strict=True):
         batch = make_batch(stack, jobs, rows, generators, recipe.model)
         if pooled is None:
             x = net.attention(stack.features[jobs.unsqueeze(1), batch.rows], batch.mask).feature
         else:
             x = pooled[models.unsqueeze(1), batch.rows.repeat_interleave(len(models) // len(jobs), dim=0)]
         logits, embedding = net.answer(x if batch.keep is None else x * batch.keep)
-        terms = composite_loss(logits, embedding, batch.labels, batch.include, recipe.loss, weights)
+        terms = composite_loss(logits, embedding, batch.labels, batch.include, recipe.loss, frequency)
         optimiser.zero_grad(set_to_none=True)
         terms.total.sum().backward()
         optimiser.step()
@@ -160,14 +160,18 @@ def _epoch(
     return total / plans[0].steps
 
 
-def _validate(net: SliceAttentionNet, stack: Stack, pooled: Tensor | None, models: Tensor) -> _Validation:
-    """Answer each model's own validation scans."""
+def _validate(
+    net: SliceAttentionNet, stack: Stack, pooled: Tensor | None, models: Tensor, recipe: Recipe
+) -> _Validation:
+    """Answer each model's own validation scans; a recipe that mends imbalance is judged with all classes alike."""
     rows, real = stack.validation[models].clamp_min(0), stack.validation[models] >= 0
     with torch.no_grad():
         x = pool_rows(net.attention, stack, models, rows) if pooled is None else pooled[models.unsqueeze(1), rows]
         logits = net.answer(x).logits
     labels = stack.labels[models].gather(1, rows)
-    weights = None if stack.class_weights is None else stack.class_weights[models]
+    mends = recipe.loss.class_weights or recipe.loss.classification == "logit_adjusted"
+    mends = mends or recipe.training.sampling == "balanced"
+    weights = balanced(stack.frequency[models]) if mends else None
     right = (logits.argmax(dim=-1) == labels) & real
     return _Validation(logits, cross_entropy(logits, labels, real, weights), right.sum(dim=1) / real.sum(dim=1))
 
