@@ -78,7 +78,7 @@ def measure(bags: Bags, holds_lesion: np.ndarray, recipes: list[str], folds: int
         figures = score(labels, result.scored.probabilities)
         rows.append(
             {
-                "model": name,
+                "model": Path(name).stem,
                 "auroc": figures.auroc,
                 "balanced": figures.balanced_accuracy,
                 "mass": (weights * hit).sum() / hit.mean(axis=1).sum(),

@@ -59,7 +59,7 @@ def test_the_published_loss_is_reproduced(case: str) -> None:
     golden = load_file(shared("golden", "published_method.safetensors"))
     embedding, logits, labels = (golden[f"loss_{case}_{part}"] for part in ("embedding", "logits", "labels"))
     include = torch.ones(1, len(labels), dtype=torch.bool)
-    terms = composite_loss(logits[None], embedding[None], labels, include, load_recipe("published").loss)
+    terms = composite_loss(logits[None], embedding[None], labels[None], include, load_recipe("published").loss)
     wanted = golden[f"loss_{case}_terms_total_ce_supcon_variance"]
     torch.testing.assert_close(torch.cat(list(terms)), wanted, atol=1e-5, rtol=1e-5)
 
@@ -83,10 +83,10 @@ def test_the_published_forward_pass_is_reproduced() -> None:
     model.eval()
     bag = golden["model_features"][None]
     mask = torch.ones(1, 50, dtype=torch.bool)
-    out = model(model.scaled(bag), mask)
+    out = model(model.scaled(bag)[None], mask[None])
     for mine, theirs in ((out.weights, "slice_weights"), (out.embedding, "embedding"), (out.logits, "logits")):
         torch.testing.assert_close(mine[0, 0], golden[f"model_{theirs}"], atol=1e-5, rtol=1e-5)
-    pooled = model.attention(bag, mask).feature
+    pooled = model.attention(bag[None], mask[None]).feature
     torch.testing.assert_close(pooled[0, 0], golden["model_pooled"], atol=1e-5, rtol=1e-5)
 
 
@@ -102,14 +102,14 @@ def test_supcon_agrees_with_its_formula_written_out() -> None:
             total = sum(torch.exp(z[i] @ z[a] / 0.1) for a in others)
             losses.append(-sum(torch.log(torch.exp(z[i] @ z[p] / 0.1) / total) for p in positives) / len(positives))
     everyone = torch.ones(1, 7, dtype=torch.bool)
-    torch.testing.assert_close(supcon(z[None], labels, everyone, 0.1)[0], sum(losses) / len(losses))
-    published = supcon(z[None], labels, everyone, 0.1, "zero")[0]
+    torch.testing.assert_close(supcon(z[None], labels[None], everyone, 0.1)[0], sum(losses) / len(losses))
+    published = supcon(z[None], labels[None], everyone, 0.1, "zero")[0]
     torch.testing.assert_close(published, sum(losses) / 7)
 
 
 def test_a_batch_without_positives_has_no_contrast_and_no_nan() -> None:
     z = torch.randn(1, 3, 4, requires_grad=True)
-    loss = supcon(z, torch.tensor([0, 1, 2]), torch.ones(1, 3, dtype=torch.bool), 0.07)
+    loss = supcon(z, torch.tensor([[0, 1, 2]]), torch.ones(1, 3, dtype=torch.bool), 0.07)
     loss.sum().backward()
     assert loss.item() == 0
     assert z.grad is not None
@@ -118,7 +118,7 @@ def test_a_batch_without_positives_has_no_contrast_and_no_nan() -> None:
 
 def test_variance_is_zero_at_the_class_means_and_acts_when_summed() -> None:
     z = torch.tensor([[[1.0, 0], [1, 0], [0, 1], [0, 1]]])
-    labels, include = torch.tensor([0, 0, 1, 1]), torch.ones(1, 4, dtype=torch.bool)
+    labels, include = torch.tensor([[0, 0, 1, 1]]), torch.ones(1, 4, dtype=torch.bool)
     assert within_class_variance(z, labels, include).item() == 0
     spread = torch.randn(1, 4, 128)
     total = within_class_variance(spread, labels, include, "sum")
@@ -131,18 +131,18 @@ def test_a_scan_left_out_of_a_member_does_not_change_its_loss(seed: int, scans: 
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(2, scans, 2, generator=generator)
     embedding = torch.randn(2, scans, 5, generator=generator)
-    labels = torch.arange(scans) % 2
+    labels = (torch.arange(scans) % 2)[None]
     include = torch.ones(2, scans, dtype=torch.bool)
     include[1, -1] = False
     loss = replace(load_recipe(config).loss, supcon=1.0, variance=0.1)
     both = composite_loss(logits, embedding, labels, include, loss)
-    alone = composite_loss(logits[1:, :-1], embedding[1:, :-1], labels[:-1], include[1:, :-1], loss)
+    alone = composite_loss(logits[1:, :-1], embedding[1:, :-1], labels[:, :-1], include[1:, :-1], loss)
     for together, single in zip(both, alone, strict=True):
         torch.testing.assert_close(together[1:], single, atol=1e-5, rtol=1e-4)
 
 
 def test_class_weights_of_one_are_no_weights() -> None:
-    logits, labels = torch.randn(1, 6, 3), torch.tensor([0, 1, 2, 0, 1, 2])
+    logits, labels = torch.randn(1, 6, 3), torch.tensor([[0, 1, 2, 0, 1, 2]])
     include = torch.ones(1, 6, dtype=torch.bool)
     torch.testing.assert_close(
         cross_entropy(logits, labels, include, torch.ones(1, 3)), cross_entropy(logits, labels, include)
@@ -153,11 +153,11 @@ def test_padding_changes_nothing() -> None:
     x, scores = torch.randn(2, 5, 3), torch.randn(4, 2, 5)
     mask = torch.ones(2, 5, dtype=torch.bool)
     padded_mask = torch.cat([mask, torch.zeros(2, 2, dtype=torch.bool)], dim=1)
-    plain = attend(x, scores, mask)
+    plain = attend(x[None], scores, mask[None])
     padded = attend(
-        torch.cat([x, torch.full((2, 2, 3), 9.0)], dim=1),
+        torch.cat([x, torch.full((2, 2, 3), 9.0)], dim=1)[None],
         torch.cat([scores, torch.full((4, 2, 2), 50.0)], dim=2),
-        padded_mask,
+        padded_mask[None],
     )
     torch.testing.assert_close(plain.feature, padded.feature)
     assert (padded.weights[..., 5:] == 0).all()
@@ -167,7 +167,7 @@ def test_default_attention_starts_uniform() -> None:
     model = SliceAttentionNet(
         dim=10, classes=2, members=2, config=load_recipe("default").model, generator=torch.Generator()
     )
-    weights = model(torch.randn(3, 7, 10), torch.ones(3, 7, dtype=torch.bool)).weights
+    weights = model(torch.randn(1, 3, 7, 10), torch.ones(1, 3, 7, dtype=torch.bool)).weights
     torch.testing.assert_close(weights, torch.full((2, 3, 7), 1 / 7))
 
 
@@ -177,8 +177,8 @@ def test_members_trained_together_are_the_members_trained_alone() -> None:
     data = bags()
     include = torch.zeros(3, len(data), dtype=torch.bool)
     include[1] = True
-    out = model(model.scaled(data.features), data.mask)
-    composite_loss(out.logits, out.embedding, data.labels, include, LossConfig()).total.sum().backward()
+    out = model(model.scaled(data.features)[None], data.mask[None])
+    composite_loss(out.logits, out.embedding, data.labels[None], include, LossConfig()).total.sum().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert (parameter.grad[[0, 2]] == 0).all(), name

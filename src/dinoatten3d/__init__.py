@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from dinoatten3d.features.extract import extract as extract
     from dinoatten3d.inference.explain import explain as explain
     from dinoatten3d.inference.predict import predict as predict
+    from dinoatten3d.learning.estimator import SliceAttentionClassifier as SliceAttentionClassifier
     from dinoatten3d.learning.fit import cross_validate as cross_validate
     from dinoatten3d.report.html import write_report as write_report
 
@@ -29,6 +30,7 @@ _HOME = {
     "take_slices": "data.slices",
     "extract": "features.extract",
     "cross_validate": "learning.fit",
+    "SliceAttentionClassifier": "learning.estimator",
     "predict": "inference.predict",
     "explain": "inference.explain",
     "write_report": "report.html",

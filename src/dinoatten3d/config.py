@@ -112,8 +112,14 @@ class LossConfig:
     """Sum the variance over embedding dimensions, or average it (published; too small to act)."""
     class_weights: bool = True
     """Weigh classes by their inverse frequency in cross-entropy."""
+    classification: Literal["cross_entropy", "focal", "logit_adjusted"] = "cross_entropy"
+    """Cross-entropy; focal loss; or cross-entropy on logits shifted by the classes' frequency, in place of weights."""
+    focal_gamma: float = 2.0
+    """How much focal loss plays down scans that are told already; 0 is cross-entropy."""
 
     def __post_init__(self) -> None:
+        if self.focal_gamma < 0:
+            raise ConfigError(f"loss.focal_gamma is {self.focal_gamma}; it must be 0 or more")
         if self.temperature <= 0:
             raise ConfigError(f"loss.temperature is {self.temperature}; it must be above 0")
 
@@ -132,6 +138,8 @@ class TrainingConfig:
     """Stop after this many epochs without a better validation score; 0: never."""
     batch_size: int = 16
     """Bags in a step."""
+    sampling: Literal["shuffled", "balanced"] = "shuffled"
+    """Every scan once an epoch, or scans drawn so that each class comes as often (then no class is weighted)."""
     learning_rate: float = 1e-3
     """Adam learning rate."""
     weight_decay: float = 0.1

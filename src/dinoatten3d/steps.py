@@ -61,8 +61,10 @@ def train_run(
     if out.exists():
         raise RunError(f"{out} exists; choose another --out or remove it (a run is never overwritten)")
     bags = load_bags(cohort, store)
-    runs = evaluation.shuffles + 1
-    result = cross_validate(bags, recipe, evaluation, progress=lambda done, total: progress(done, total * runs))
+    shuffles = evaluation.shuffles
+    result = cross_validate(
+        bags, recipe, evaluation, progress=lambda done, total: progress(done, total * (shuffles + 1))
+    )
     config = run_config(
         name=out.name,
         recipe_name=recipe_name,
@@ -89,7 +91,10 @@ def train_run(
     controls = {
         "auroc_of_one_repeat": score(bags.labels.numpy()[held_out], result.by_repeat[0, held_out]).auroc,
         "shuffled_aurocs": shuffled_aurocs(
-            bags, recipe, evaluation, progress=lambda done, total: progress(done + 1, total + 1)
+            bags,
+            recipe,
+            evaluation,
+            progress=lambda done, total: progress(done + total // shuffles, total + total // shuffles),
         ),
     }
     run = write_run(

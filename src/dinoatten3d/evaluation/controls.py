@@ -20,7 +20,9 @@ from dinoatten3d.errors import CohortError
 from dinoatten3d.evaluation.covariates import covariate_matrix, covariate_table
 from dinoatten3d.evaluation.metrics import score
 from dinoatten3d.learning.bags import Bags
-from dinoatten3d.learning.fit import cross_validate
+from dinoatten3d.learning.fit import fit_each, fold_jobs
+from dinoatten3d.learning.splits import partition
+from dinoatten3d.learning.stack import Job
 
 Array = NDArray[np.float64]
 Inputs = Callable[[Bags], Array]
@@ -154,23 +156,31 @@ def shuffled_aurocs(
         bags: Labelled bags.
         recipe: The recipe of the run.
         evaluation: The run's; `shuffles` says how often.
-        progress: Called with shuffles done and in all.
+        progress: Called with epochs done and the most there can be.
 
     Returns:
         Pooled out-of-fold AUROC of each shuffle.
     """
-    found = []
+    shuffles: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
+    jobs: list[Job] = []
     for number in range(evaluation.shuffles):
-        rng = np.random.default_rng([evaluation.seed, number])
-        shuffled = replace(bags, labels=torch.from_numpy(shuffle_between_subjects(bags, rng)))
+        labels = shuffle_between_subjects(bags, np.random.default_rng([evaluation.seed, number]))
         once = replace(evaluation, repeats=1, seed=evaluation.seed + number)
         try:
-            result = cross_validate(shuffled, recipe, once)
+            folds = partition(bags.scans, labels, bags.classes, once)
         except CohortError:  # this shuffle leaves a site or a side without a class
             continue
-        scored = result.folds[0] >= 0
-        found.append(score(shuffled.labels.numpy()[scored], result.scored.probabilities[scored]).auroc)
-        progress(number + 1, evaluation.shuffles)
+        shuffles.append((labels, folds))
+        jobs += fold_jobs(folds, labels, once.seed)
+    fitted = fit_each(bags, jobs, recipe, progress=progress)  # one after the other, or all side by side
+    found = []
+    for labels, folds in shuffles:
+        probabilities = np.zeros((len(bags), len(bags.classes)))
+        for fold in range(int(folds.max()) + 1):
+            held_out = np.flatnonzero(folds[0] == fold)
+            probabilities[held_out] = next(fitted).model.score(bags.take(held_out))[0]
+        scored = folds[0] >= 0
+        found.append(score(labels[scored], probabilities[scored]).auroc)
     return found
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -15,9 +15,9 @@ from torch import Tensor
 from dinoatten3d.config import EvaluationConfig, Recipe
 from dinoatten3d.learning.bags import Bags
 from dinoatten3d.learning.deviation_model import fit_deviation_model
-from dinoatten3d.learning.losses import composite_loss, cross_entropy
-from dinoatten3d.learning.model import SliceAttentionNet
-from dinoatten3d.learning.splits import inner_folds, partition
+from dinoatten3d.learning.splits import partition
+from dinoatten3d.learning.stack import Job
+from dinoatten3d.learning.train import train_jobs
 
 Progress = Callable[[int, int], None]
 
@@ -41,10 +41,19 @@ class FoldModel(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class FittedFold:
-    """The model of one outer fold and how it got there (nothing, where it was solved and not trained)."""
+    """The model of one outer fold.
+
+    Attributes:
+        model: The model.
+        history: How it got there, a row for each member and epoch; nothing where it was solved and not trained.
+        inner: Probabilities of its own training scans from the members that were not fitted on them,
+            `[train, classes]`: what calibration may see. NaN where no member held a scan out. A member's epoch was
+            chosen on the same scans, so they are a little too good.
+    """
 
     model: FoldModel
     history: list[dict[str, Any]]
+    inner: NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,29 +104,16 @@ def cross_validate(
         Out-of-fold probabilities and slice weights, and the models.
     """
     started = time.monotonic()
+    labels = bags.labels.numpy()
     if folds is None:
-        folds = partition(bags.scans, bags.labels.numpy(), bags.classes, evaluation)
+        folds = partition(bags.scans, labels, bags.classes, evaluation)
     folds = np.atleast_2d(folds)
-    count = int(folds.max()) + 1
-    probabilities = np.zeros((len(folds), len(bags), len(bags.classes)))
+    fitted = fit_jobs(bags, fold_jobs(folds, labels, evaluation.seed), recipe, progress=progress)
+    probabilities = np.zeros((*folds.shape, len(bags.classes)))
     weights = np.zeros((len(folds), *bags.mask.shape))
-    fitted = []
-    for fold in range(count):
-        repeat = int(np.flatnonzero((folds == fold).any(axis=1))[0])
-        train = bags.take(np.flatnonzero(folds[repeat] != fold))
-        held_out = np.flatnonzero(folds[repeat] == fold)
-        done = fold * recipe.training.epochs
-        fitted.append(
-            fit_fold(
-                train,
-                recipe,
-                seed=evaluation.seed * 1000 + fold,
-                progress=lambda epoch, done=done: progress(done + epoch, count * recipe.training.epochs),  # type: ignore[misc]
-            )
-        )
-        scored = fitted[-1].model.score(bags.take(held_out))
-        probabilities[repeat, held_out], weights[repeat, held_out] = scored
-        progress((fold + 1) * recipe.training.epochs, count * recipe.training.epochs)
+    for fold, found in enumerate(fitted):
+        repeat, held_out = np.nonzero(folds == fold)
+        probabilities[repeat, held_out], weights[repeat, held_out] = found.model.score(bags.take(held_out))
     return CrossValidation(
         folds=folds,
         by_repeat=probabilities,
@@ -127,119 +123,58 @@ def cross_validate(
     )
 
 
-def fit_fold(
-    bags: Bags, recipe: Recipe, *, seed: int, progress: Callable[[int], None] = lambda epoch: None
-) -> FittedFold:
-    """Fit the members on the training scans of one outer fold.
-
-    With pooling by deviation the model is solved in closed form. Otherwise member m is validated on inner fold m and
-    trained on the others; its epoch is the one with the best validation figure. The scans that will be scored are
-    not among `bags`.
+def fold_jobs(folds: NDArray[np.int64], labels: NDArray[np.int64], seed: int) -> list[Job]:
+    """Give the job of each fold: train on what its repeat does not hold out in it.
 
     Args:
-        bags: Training scans of one outer fold.
-        recipe: Model, loss and training.
-        seed: Decides initial weights, inner folds, batches and dropout.
-        progress: Called after each epoch.
+        folds: Which fold scores each scan, `[repeats, scans]`.
+        labels: Class index, `[scans]`.
+        seed: Of the cross-validation.
     """
-    if recipe.model.pooling == "deviation":
-        return FittedFold(model=fit_deviation_model(bags, seed=seed), history=[])
-    training = recipe.training
-    generator = torch.Generator().manual_seed(seed)
-    inner = inner_folds(bags.labels.numpy(), bags.subjects, folds=training.inner_folds, seed=seed)
-    validate = torch.from_numpy(np.stack([inner == m % (inner.max() + 1) for m in range(training.members)]))
-    model = SliceAttentionNet(
-        dim=bags.features.shape[-1],
-        classes=len(bags.classes),
-        members=training.members,
-        config=recipe.model,
-        generator=generator,
-    )
-    fitted_on = (~validate).any(dim=0)
-    model.fit_scaling(bags.features[fitted_on], bags.mask[fitted_on])
-    scaled = model.scaled(bags.features)
-    class_weights = _class_weights(bags, ~validate) if recipe.loss.class_weights else None
-    trained = model.embedding if training.trained == "embedding" else model
-    optimiser = torch.optim.AdamW(trained.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay)
-    watch = _BestEpoch(model, training.members)
-    history: list[dict[str, Any]] = []
-    for epoch in range(training.epochs):
-        model.train()
-        total, batches = torch.zeros(training.members), 0
-        for batch in _batches(torch.nonzero(fitted_on).squeeze(1), training.batch_size, generator):
-            out = model(scaled[batch], bags.mask[batch], generator)
-            terms = composite_loss(
-                out.logits, out.embedding, bags.labels[batch], ~validate[:, batch], recipe.loss, class_weights
-            )
-            optimiser.zero_grad(set_to_none=True)
-            terms.total.sum().backward()
-            optimiser.step()
-            total, batches = total + terms.total.detach(), batches + 1
-        loss, accuracy = _validation(model, scaled, bags, validate, class_weights)
-        # accuracy moves in steps; the loss decides between equal ones
-        figure = loss if training.checkpoint == "loss" else -accuracy + 1e-4 * loss
-        watch.see(epoch, figure)
-        for member in range(training.members):
-            history.append(
-                {
-                    "member": member,
-                    "epoch": epoch,
-                    "train_loss": float(total[member] / batches),
-                    "validation_loss": float(loss[member]),
-                    "validation_accuracy": float(accuracy[member]),
-                }
-            )
-        progress(epoch + 1)
-        if training.patience and epoch - int(watch.epoch.min()) >= training.patience:
-            break
-    watch.restore()
-    for row in history:
-        row["chosen"] = bool(watch.epoch[row["member"]] == row["epoch"])
-    return FittedFold(model=model.eval(), history=history)
+    jobs = []
+    for fold in range(int(folds.max()) + 1):
+        repeat = int(np.flatnonzero((folds == fold).any(axis=1))[0])
+        rows = np.flatnonzero(folds[repeat] != fold)
+        jobs.append(Job(rows=rows, labels=labels[rows], seed=seed * 1000 + fold))
+    return jobs
 
 
-class _BestEpoch:
-    """Keeps, for each member by itself, the parameters of its best epoch."""
-
-    def __init__(self, model: SliceAttentionNet, members: int) -> None:
-        self.model = model
-        self.figure = torch.full((members,), float("inf"))
-        self.epoch = torch.zeros(members, dtype=torch.long)
-        self.parameters = [p.detach().clone() for p in model.parameters()]
-
-    def see(self, epoch: int, figure: Tensor) -> None:
-        better = figure < self.figure
-        self.figure = torch.where(better, figure, self.figure)
-        self.epoch[better] = epoch
-        for kept, now in zip(self.parameters, self.model.parameters(), strict=True):
-            kept[better] = now.detach()[better]
-
-    def restore(self) -> None:
-        with torch.no_grad():
-            for kept, now in zip(self.parameters, self.model.parameters(), strict=True):
-                now.copy_(kept)
+def fit_jobs(
+    bags: Bags, jobs: Sequence[Job], recipe: Recipe, *, progress: Progress = lambda done, total: None
+) -> list[FittedFold]:
+    """Fit a model for each job and keep them all; see `fit_each`."""
+    return list(fit_each(bags, jobs, recipe, progress=progress))
 
 
-def _validation(
-    model: SliceAttentionNet, scaled: Tensor, bags: Bags, validate: Tensor, class_weights: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Give cross-entropy and accuracy of each member on its own validation scans."""
-    model.eval()
-    with torch.no_grad():
-        logits = model(scaled, bags.mask).logits
-    loss = cross_entropy(logits, bags.labels, validate, class_weights)
-    right = (logits.argmax(dim=-1) == bags.labels) & validate
-    return loss, right.sum(dim=1) / validate.sum(dim=1)
+def fit_each(
+    bags: Bags, jobs: Sequence[Job], recipe: Recipe, *, progress: Progress = lambda done, total: None
+) -> Iterator[FittedFold]:
+    """Fit a model for each job: folds, repeats and shuffled labels in one go, with the figures of one at a time.
+
+    With pooling by deviation a model is solved in closed form, one after the other. Otherwise all train side by side;
+    member m is validated on inner fold m and trained on the others, and its epoch is the one with the best
+    validation figure. Scans that will be scored are not among a job's rows.
+
+    Args:
+        bags: What the jobs' rows point into.
+        jobs: Training rows, their labels and the seed of each model.
+        recipe: Model, loss and training.
+        progress: Called with epochs done and the most there can be, over all jobs.
+
+    Yields:
+        The models in the order of the jobs; one that was solved is made when it is asked for.
+    """
+    if recipe.model.pooling == "attention":
+        for trained in train_jobs(bags, jobs, recipe, progress=progress):
+            yield FittedFold(**trained._asdict())
+        return
+    for done, job in enumerate(jobs, start=1):
+        train = replace(bags.take(job.rows), labels=torch.from_numpy(job.labels))
+        unknown = np.full((len(job.rows), len(bags.classes)), np.nan)
+        yield FittedFold(model=fit_deviation_model(train, seed=job.seed), history=[], inner=unknown)
+        progress(done * recipe.training.epochs, len(jobs) * recipe.training.epochs)
 
 
-def _class_weights(bags: Bags, include: Tensor) -> Tensor:
-    """Inverse class frequency of each member's training scans, averaging one, `[members, classes]`."""
-    classes = torch.arange(len(bags.classes))
-    count = (include.unsqueeze(1) & (bags.labels == classes[:, None])).sum(dim=-1).clamp_min(1)
-    return count.sum(dim=1, keepdim=True) / (len(classes) * count)
-
-
-def _batches(rows: Tensor, size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Shuffle rows into batches of nearly equal size (no last batch of one)."""
-    order = rows[torch.randperm(len(rows), generator=generator)]
-    return iter(torch.tensor_split(order, max(1, round(len(rows) / size))))
+def fit_fold(bags: Bags, recipe: Recipe, *, seed: int) -> FittedFold:
+    """Fit one model on all of the bags, as `fit_jobs` does."""
+    return next(fit_each(bags, [Job(rows=np.arange(len(bags)), labels=bags.labels.numpy(), seed=seed)], recipe))

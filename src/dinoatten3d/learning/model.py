@@ -1,7 +1,8 @@
 """Slice attention and the head on top of it, for one model or several side by side.
 
-Every parameter has a leading axis of members: an ensemble trains as one batched computation, and a single model is
-an ensemble of one.
+Every parameter has a leading axis of models, and bags have a leading axis of jobs: the models of one job (its members)
+see the same bags, those of another job have bags of their own. Many small models so train as one batched
+computation; a single model is one member of one job.
 """
 
 from __future__ import annotations
@@ -20,14 +21,21 @@ from dinoatten3d.learning.bags import Bags
 
 
 class Pooled(NamedTuple):
-    """A bag as one feature, `[members, scans, dim]`, and the slice weights that made it, `[members, scans, slices]`."""
+    """A bag as one feature, `[models, scans, dim]`, and the slice weights that made it, `[models, scans, slices]`."""
 
     feature: Tensor
     weights: Tensor
 
 
+class Answer(NamedTuple):
+    """Logits `[models, scans, classes]` and the embedding they come from, `[models, scans, dim]`."""
+
+    logits: Tensor
+    embedding: Tensor
+
+
 class Output(NamedTuple):
-    """What the model says: logits `[members, scans, classes]`, embedding `[members, scans, dim]`, slice weights."""
+    """What the model says: logits, embedding, and slice weights `[models, scans, slices]`."""
 
     logits: Tensor
     embedding: Tensor
@@ -35,17 +43,21 @@ class Output(NamedTuple):
 
 
 def attend(
-    features: Float[Tensor, "scans slices dim"],
-    scores: Float[Tensor, "members scans slices"],
-    mask: Bool[Tensor, "scans slices"],
+    features: Float[Tensor, "jobs scans slices dim"],
+    scores: Float[Tensor, "models scans slices"],
+    mask: Bool[Tensor, "jobs scans slices"],
 ) -> Pooled:
     """Pool slices with the softmax of their scores (Rafsani et al. 2025, slice attention); padding weighs nothing."""
-    weights = torch.softmax(scores.masked_fill(~mask, float("-inf")), dim=-1)
-    return Pooled(torch.einsum("mns,nsd->mnd", weights, features), weights)
+    jobs, scans, slices, dim = features.shape
+    by_job = scores.reshape(jobs, -1, scans, slices)
+    weights = torch.softmax(by_job.masked_fill(~mask.unsqueeze(1), float("-inf")), dim=-1)
+    by_scan = weights.transpose(1, 2).reshape(jobs * scans, -1, slices)
+    pooled = torch.bmm(by_scan, features.reshape(jobs * scans, slices, dim)).reshape(jobs, scans, -1, dim)
+    return Pooled(pooled.transpose(1, 2).reshape(-1, scans, dim), weights.reshape(-1, scans, slices))
 
 
 class MemberLinear(nn.Module):
-    """A linear layer for each member: weight `[members, in, out]`, bias `[members, out]`."""
+    """A linear layer for each model: weight `[models, in, out]`, bias `[models, out]`."""
 
     def __init__(self, members: int, inputs: int, outputs: int, generator: torch.Generator) -> None:
         super().__init__()
@@ -53,8 +65,8 @@ class MemberLinear(nn.Module):
         self.weight = nn.Parameter(_uniform((members, inputs, outputs), bound, generator))
         self.bias = nn.Parameter(_uniform((members, outputs), bound, generator))
 
-    def forward(self, x: Float[Tensor, "members scans inputs"]) -> Float[Tensor, "members scans outputs"]:
-        """Apply each member's layer to its own input."""
+    def forward(self, x: Float[Tensor, "models scans inputs"]) -> Float[Tensor, "models scans outputs"]:
+        """Apply each model's layer to its own input."""
         return torch.baddbmm(self.bias.unsqueeze(1), x, self.weight)
 
 
@@ -69,13 +81,19 @@ class SliceAttention(nn.Module):
             nn.init.zeros_(self.score.weight)
             nn.init.zeros_(self.score.bias)
 
-    def forward(self, features: Float[Tensor, "scans slices dim"], mask: Bool[Tensor, "scans slices"]) -> Pooled:
-        """Pool every bag."""
-        members = self.hidden.weight.shape[0]
-        scans, slices, dim = features.shape
-        flat = features.reshape(1, scans * slices, dim).expand(members, -1, -1)
-        scores = self.score(torch.tanh(self.hidden(flat))).reshape(members, scans, slices)
-        return attend(features, scores, mask)
+    def forward(
+        self, features: Float[Tensor, "jobs scans slices dim"], mask: Bool[Tensor, "jobs scans slices"]
+    ) -> Pooled:
+        """Pool every bag with every model of its job."""
+        jobs, scans, slices, dim = features.shape
+        models, _, width = self.hidden.weight.shape
+        # one product a job, with the models of a job side by side; slices run along the last axis throughout
+        weight = self.hidden.weight.transpose(1, 2).reshape(jobs, -1, dim)
+        bias = self.hidden.bias.reshape(jobs, -1, 1)
+        hidden = torch.baddbmm(bias, weight, features.reshape(jobs, scans * slices, dim).transpose(1, 2))
+        hidden = torch.tanh(hidden).reshape(models, width, scans * slices)
+        scores = torch.baddbmm(self.score.bias.unsqueeze(1), self.score.weight.transpose(1, 2), hidden)
+        return attend(features, scores.reshape(models, scans, slices), mask)
 
 
 class EmbeddingHead(nn.Module):
@@ -88,7 +106,7 @@ class EmbeddingHead(nn.Module):
         self.relu_last = config.relu_embedding
         self.width = widths[-1]
 
-    def forward(self, x: Float[Tensor, "members scans dim"]) -> Float[Tensor, "members scans width"]:
+    def forward(self, x: Float[Tensor, "models scans dim"]) -> Float[Tensor, "models scans width"]:
         """Embed pooled features."""
         for number, layer in enumerate(self.layers, start=1):
             x = layer(x)
@@ -132,28 +150,21 @@ class SliceAttentionNet(nn.Module):
         return (features - self.mean) / self.scale if self.config.standardise else features
 
     def forward(
-        self,
-        scaled: Float[Tensor, "scans slices dim"],
-        mask: Bool[Tensor, "scans slices"],
-        generator: torch.Generator | None = None,
+        self, scaled: Float[Tensor, "jobs scans slices dim"], mask: Bool[Tensor, "jobs scans slices"]
     ) -> Output:
-        """Classify bags of scaled features; with a generator and in training mode, with dropout."""
-        if self.training and self.config.slice_dropout and generator is not None:
-            kept = mask & (torch.rand(mask.shape, generator=generator) >= self.config.slice_dropout)
-            mask = torch.where(kept.any(dim=1, keepdim=True), kept, mask)
+        """Classify bags of scaled features, without dropout."""
         pooled = self.attention(scaled, mask)
-        x = pooled.feature
-        if self.training and self.config.dropout and generator is not None:
-            keep = 1 - self.config.dropout
-            x = x * (torch.rand(x.shape, generator=generator) < keep) / keep
-        embedding = self.embedding(x)
-        return Output(self.classifier(embedding), embedding, pooled.weights)
+        return Output(*self.answer(pooled.feature), pooled.weights)
+
+    def answer(self, pooled: Float[Tensor, "models scans dim"]) -> Answer:
+        """Classify pooled bags."""
+        embedding = self.embedding(pooled)
+        return Answer(self.classifier(embedding), embedding)
 
     def score(self, bags: Bags) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Give probabilities `[scans, classes]` and slice weights `[scans, slices]`, averaged over the members."""
-        self.eval()
         with torch.no_grad():
-            out = self(self.scaled(bags.features), bags.mask)
+            out = self(self.scaled(bags.features).unsqueeze(0), bags.mask.unsqueeze(0))
         probabilities = torch.softmax(out.logits.double(), dim=-1).mean(dim=0).numpy()
         return probabilities, out.weights.double().mean(dim=0).numpy()
 
