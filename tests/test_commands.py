@@ -74,6 +74,7 @@ def test_a_run_folder_holds_what_the_design_promises(trained: Path) -> None:
         assert (run / name).stat().st_size > 0, name
     assert sorted(p.name for p in (run / "fold-0").iterdir()) == [
         "baselines.csv",
+        "calibration.json",
         "model.safetensors",
         "predictions.csv",
     ]

@@ -266,6 +266,10 @@ def predict(
         for name, value in answer["probabilities"].items():
             spread = answer["sd_over_models"][name]
             print(f"  {name:<20} {value:.3f}" + (f"  (sd over models {spread:.3f})" if spread == spread else ""))
+        if "set" in answer:
+            print(f"  called               {answer['called']} (threshold and calibration from inner folds)")
+            held = " or ".join(answer["set"]) or "none of the classes: unlike the training scans of each"
+            print(f"  {answer['set_coverage']:.0%} set              {held}")
         for note in answer["notes"]:
             print(f"  note: {note}")
     if out is not None and answers:

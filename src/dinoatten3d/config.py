@@ -187,12 +187,20 @@ class EvaluationConfig:
     """Subject-level bootstrap replicates for the 95 % intervals."""
     shuffles: int = 20
     """Runs of the whole pipeline on shuffled labels, whose AUROCs say what chance looks like here; 0: none."""
+    sensitivity: float = 0.0
+    """Sensitivity wanted of the decision threshold; 0: the largest sum of sensitivity and specificity (Youden)."""
+    alpha: float = 0.1
+    """Share of each class that may fall outside its conformal prediction sets."""
 
     def __post_init__(self) -> None:
         _at_least("evaluation.folds", self.folds, 2)
         _at_least("evaluation.repeats", self.repeats, 1)
         _at_least("evaluation.bootstrap", self.bootstrap, 100)
         _at_least("evaluation.shuffles", self.shuffles, 0)
+        if not 0 <= self.sensitivity <= 1:
+            raise ConfigError(f"evaluation.sensitivity is {self.sensitivity}; it must lie between 0 and 1")
+        if not 0 < self.alpha < 1:
+            raise ConfigError(f"evaluation.alpha is {self.alpha}; it must lie between 0 and 1")
         if self.split != "folds" and self.repeats > 1:
             raise ConfigError(f"evaluation.repeats is {self.repeats}, but split '{self.split}' has one partition only")
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,11 +15,19 @@ from dinoatten3d.data.slices import take_slices
 from dinoatten3d.data.volume import load_volume
 from dinoatten3d.errors import DinoAtten3DError, RunError
 from dinoatten3d.evaluation.controls import run_baselines, shuffled_aurocs
+from dinoatten3d.evaluation.decisions import (
+    calibrate_folds,
+    decide,
+    decide_held_out,
+    decision_table,
+    read_calibrations,
+)
 from dinoatten3d.evaluation.external import (
+    as_one_fold,
+    external_answers,
     external_baselines,
     refuse_other_features,
     refuse_seen,
-    score_external,
     shuffled_external,
 )
 from dinoatten3d.evaluation.intervals import delong_interval
@@ -29,8 +38,8 @@ from dinoatten3d.files import whole_folder, write_json, write_text
 from dinoatten3d.inference.anomaly import score_anomalies
 from dinoatten3d.inference.explain import deviation_map, explain, slice_weight_map
 from dinoatten3d.inference.predict import Prediction
-from dinoatten3d.learning.bags import load_bags
-from dinoatten3d.learning.fit import cross_validate
+from dinoatten3d.learning.bags import Bags, load_bags
+from dinoatten3d.learning.fit import CrossValidation, Scored, cross_validate, fold_jobs
 from dinoatten3d.learning.run import Run, now, open_run, run_config, write_run
 from dinoatten3d.report.cases import CaseSlices, choose_cases
 from dinoatten3d.report.html import write_report
@@ -104,10 +113,23 @@ def train_run(
         store=store,
         config=config,
         baselines=run_baselines(bags, result.folds, cohort.target),
-        extras={"controls.json": controls},
+        extras={"controls.json": controls} | _decisions(bags, result, evaluation),
     )
     report_run(run.folder)
     return run
+
+
+def _decisions(bags: Bags, result: CrossValidation, evaluation: EvaluationConfig) -> dict[str, Any]:
+    """Calibrate each fold on its inner probabilities and decide on the scans that it held out; gives the files."""
+    labels = bags.labels.numpy()
+    rows = [job.rows for job in fold_jobs(result.folds, labels, evaluation.seed)]
+    calibrations = calibrate_folds(result.fitted, rows, labels, evaluation.sensitivity)
+    if calibrations is None:
+        return {}
+    ids = [scan.id for scan in bags.scans]
+    table = decision_table(decide_held_out(result, calibrations), ids, bags.classes, evaluation.alpha)
+    files = {f"fold-{fold}/calibration.json": c.to_dict() for fold, c in enumerate(calibrations)}
+    return {"decisions.csv": table[result.folds[0] >= 0], **files}
 
 
 def evaluate_run(run: Run, cohort: Cohort, store: FeatureStore, out: Path) -> Run:
@@ -124,7 +146,8 @@ def evaluate_run(run: Run, cohort: Cohort, store: FeatureStore, out: Path) -> Ru
     refuse_other_features(run, store)
     refuse_seen(run, cohort)
     bags = load_bags(replace(cohort, classes=run.classes), store)
-    result = score_external(run, bags)
+    answers = external_answers(run, bags)
+    result = as_one_fold(answers)
     controls = {
         "auroc_of_one_repeat": score(bags.labels.numpy(), result.scored.probabilities).auroc,
         "shuffled_aurocs": shuffled_external(bags, result, seed=run.config["evaluation"]["seed"]),
@@ -141,10 +164,19 @@ def evaluate_run(run: Run, cohort: Cohort, store: FeatureStore, out: Path) -> Ru
         store=store,
         config=run.config | about,
         baselines=external_baselines(run, cohort, store),
-        extras={"controls.json": controls},
+        extras={"controls.json": controls} | _external_decisions(run, bags, answers),
     )
     report_run(evaluation.folder)
     return evaluation
+
+
+def _external_decisions(run: Run, bags: Bags, answers: Sequence[Scored]) -> dict[str, Any]:
+    calibrations = read_calibrations(run)
+    if calibrations is None:
+        return {}
+    decisions = decide(calibrations, [answer.probabilities for answer in answers])
+    ids = [scan.id for scan in bags.scans]
+    return {"decisions.csv": decision_table(decisions, ids, bags.classes, run.config["evaluation"]["alpha"])}
 
 
 def report_run(folder: Path) -> Path:

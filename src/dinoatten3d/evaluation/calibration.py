@@ -6,6 +6,7 @@ on another; fit on inner validation folds, never on the fold that is scored.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
@@ -26,6 +27,7 @@ __all__ = [
     "RiskCoverage",
     "apply_temperature",
     "brier_decomposition",
+    "conformal_p_values",
     "conformal_sets",
     "expected_calibration_error",
     "fit_temperature",
@@ -207,12 +209,25 @@ def conformal_sets(
     check_predictions(calibration_labels, calibration_probabilities)
     if not 0 < alpha < 1:
         raise ConfigError(f"alpha is {alpha}; give the share of misses allowed, between 0 and 1")
-    inside = np.empty(probabilities.shape, bool)
-    for k in range(probabilities.shape[1]):
-        own = np.sort(calibration_probabilities[calibration_labels == k, k])
-        as_unlike = np.searchsorted(own, probabilities[:, k], side="right")
-        inside[:, k] = (as_unlike + 1) / (len(own) + 1) > alpha
-    return inside
+    classes = range(probabilities.shape[1])
+    own = [np.sort(calibration_probabilities[calibration_labels == k, k]) for k in classes]
+    return conformal_p_values(own, probabilities) > alpha
+
+
+def conformal_p_values(
+    own: Sequence[Sequence[float] | Float[np.ndarray, " m"]], probabilities: Float[np.ndarray, "n K"]
+) -> Float[np.ndarray, "n K"]:
+    """How usual a probability is among the cases of a class: the share of them that look at least as unlike it.
+
+    Args:
+        own: For each class, the probabilities that its own calibration cases were given for it, rising.
+        probabilities: Predicted probabilities of the new cases.
+
+    Returns:
+        p-value of each class for each new case; uniform for its true class, if cases are exchangeable.
+    """
+    as_unlike = [np.searchsorted(values, probabilities[:, k], side="right") for k, values in enumerate(own)]
+    return np.stack([(n + 1) / (len(values) + 1) for n, values in zip(as_unlike, own, strict=True)], axis=1)
 
 
 def risk_coverage(labels: Int[np.ndarray, " n"], probabilities: Float[np.ndarray, "n K"]) -> RiskCoverage:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,17 +62,23 @@ def refuse_other_features(run: Run, store: FeatureStore) -> None:
         )
 
 
-def score_external(run: Run, bags: Bags) -> CrossValidation:
-    """Score scans with the mean of the models of all folds, as `predict` does; all are one fold."""
-    started = time.monotonic()
-    answers = [model.score(bags) for model in run.models()]
-    probabilities = np.mean([a[0] for a in answers], axis=0)
+def external_answers(run: Run, bags: Bags) -> list[Scored]:
+    """Score scans with the model of every fold."""
+    return [Scored(probabilities=p, weights=w) for p, w in (model.score(bags) for model in run.models())]
+
+
+def as_one_fold(answers: Sequence[Scored]) -> CrossValidation:
+    """Average the models' answers, as `predict` does; all scans are one fold, for which nothing was fitted."""
+    mean = Scored(
+        probabilities=np.mean([a.probabilities for a in answers], axis=0),
+        weights=np.mean([a.weights for a in answers], axis=0),
+    )
     return CrossValidation(
-        folds=np.zeros((1, len(bags)), np.int64),
-        by_repeat=probabilities[None],
-        scored=Scored(probabilities=probabilities, weights=np.mean([a[1] for a in answers], axis=0)),
+        folds=np.zeros((1, len(mean.weights)), np.int64),
+        by_repeat=mean.probabilities[None],
+        scored=mean,
         fitted=(),
-        seconds=time.monotonic() - started,
+        seconds=0.0,
     )
 
 

@@ -10,8 +10,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from dinoatten3d.config import EvaluationConfig, from_dict
 from dinoatten3d.evaluation.comparison import corrected_resampled_ttest, paired_bootstrap_difference
 from dinoatten3d.evaluation.controls import baselines, permutation_p_value
+from dinoatten3d.evaluation.decisions import judge_decisions
 from dinoatten3d.evaluation.intervals import bootstrap_intervals
 from dinoatten3d.evaluation.metrics import chance, confusion, per_class_scores, score
 from dinoatten3d.evaluation.verdict import attention_sentences, reach_verdict
@@ -80,6 +82,7 @@ def judge(run: Run) -> dict[str, Any]:
         "shuffled": shuffled,
         "models": models,
         "gain": {"over": best["name"], **gain._asdict(), "resampled": _resampled_gain(run, by_fold, best["name"])},
+        "decisions": _decisions(run, labels, in_order[model["name"]], subjects),
         "verdict": verdict._asdict(),
     }
     metrics["verdict"]["sentences"] += attention_sentences(attention)
@@ -116,6 +119,15 @@ def fold_scores(run: Run) -> dict[str, list[dict[str, Any]]]:
                 {"n": len(rows), **vars(score(labels, rows[[f"p_{c}" for c in classes]].to_numpy(np.float64)))}
             )
     return found
+
+
+def _decisions(
+    run: Run, labels: NDArray[np.int64], raw: NDArray[np.float64], subjects: NDArray[Any]
+) -> dict[str, Any] | None:
+    if not (run.folder / "decisions.csv").exists():
+        return None
+    evaluation = from_dict(EvaluationConfig, run.config["evaluation"], str(run.folder / "config.toml"))
+    return judge_decisions(run.table("decisions.csv"), labels, raw, subjects, run.classes, evaluation)
 
 
 def _shuffled(run: Run, folds: list[dict[str, Any]]) -> dict[str, Any] | None:

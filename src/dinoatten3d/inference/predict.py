@@ -14,6 +14,7 @@ from dinoatten3d.data.cohort import Scan, stem
 from dinoatten3d.data.slices import Slices, take_slices
 from dinoatten3d.data.volume import Volume, load_volume
 from dinoatten3d.errors import RunError
+from dinoatten3d.evaluation.decisions import Decisions, decide, read_calibrations
 from dinoatten3d.features.backbone import Backbone
 from dinoatten3d.features.extract import embed_slices
 from dinoatten3d.files import sha256
@@ -31,6 +32,9 @@ class Prediction:
         probabilities: Mean over the models, `[classes]`.
         by_fold: What the model of each outer fold says, `[models, classes]`.
         slice_weights: Mean slice attention, `[slices]`, summing to 1.
+        decisions: Calibrated probabilities, the class called and conformal p-values; None where the run was too small
+            to calibrate.
+        alpha: Share of a class that may fall outside its prediction sets.
         patch_map: How much each patch deviates from the reference class, mean over the models, in standard
             deviations, `[slices, rows, columns]`; None where the recipe looks at slices alone.
         slices: The pictures that were looked at.
@@ -43,6 +47,8 @@ class Prediction:
     probabilities: NDArray[np.float64]
     by_fold: NDArray[np.float64]
     slice_weights: NDArray[np.float64]
+    decisions: Decisions | None = None
+    alpha: float = 0.1
     patch_map: NDArray[np.float32] | None
     slices: Slices
     volume: Volume
@@ -76,7 +82,19 @@ class Prediction:
             "plane": self.slices.plane,
             "brain_ml": self.slices.brain_ml,
             "notes": list(self.notes),
+            **self._decided(),
             "use": "for research, not for diagnosis",
+        }
+
+    def _decided(self) -> dict[str, Any]:
+        if self.decisions is None:
+            return {}
+        calibrated, p_values = self.decisions.probabilities[0], self.decisions.p_values[0]
+        return {
+            "calibrated": dict(zip(self.classes, calibrated.tolist(), strict=True)),
+            "called": self.classes[int(self.decisions.called[0])],
+            "set": [name for name, p in zip(self.classes, p_values, strict=True) if p > self.alpha],
+            "set_coverage": 1 - self.alpha,
         }
 
 
@@ -106,10 +124,11 @@ def predict(run: Run, scan: Path, backbone: Backbone) -> Prediction:
     slices = take_slices(volume, from_dict(SliceConfig, run.config["features"]["slices"], "config.toml"))
     features = embed_slices(slices, backbone, run.recipe.patches)
     notes = list(volume.notes)
-    models = run.models()
+    models, calibrations = run.models(), read_calibrations(run)
     held_out_in = _folds_of(run, scan)
     if held_out_in:
         models = [models[fold] for fold in held_out_in]
+        calibrations = [calibrations[fold] for fold in held_out_in] if calibrations else None
         folds = ", ".join(map(str, held_out_in))
         notes.append(f"this scan is in the training cohort: only models that never saw it answer (fold {folds})")
     elif held_out_in is not None:
@@ -130,6 +149,8 @@ def predict(run: Run, scan: Path, backbone: Backbone) -> Prediction:
         probabilities=np.mean(by_fold, axis=0),
         by_fold=np.stack(by_fold),
         slice_weights=np.mean(weights, axis=0),
+        decisions=decide(calibrations, [answer[None] for answer in by_fold]) if calibrations else None,
+        alpha=float(run.config["evaluation"]["alpha"]),
         patch_map=np.mean(maps, axis=0, dtype=np.float32) if maps else None,
         slices=slices,
         volume=volume,

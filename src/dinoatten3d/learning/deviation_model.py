@@ -8,7 +8,7 @@ the same answer.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -96,7 +96,14 @@ class DeviationModel:
         return cls(deviation=deviation, direction=tensors["direction"].numpy(), **linear)
 
 
-def fit_deviation_model(bags: Bags, *, seed: int) -> DeviationModel:
+class FittedDeviation(NamedTuple):
+    """A fitted model and the cross-fitted probabilities of its own training scans, `[train, classes]`."""
+
+    model: DeviationModel
+    inner: Array
+
+
+def fit_deviation_model(bags: Bags, *, seed: int) -> FittedDeviation:
     """Fit on the training scans of one outer fold; the first class is the reference.
 
     Slice scores and mean-token logits of the training scans are cross-fitted, so that the classifier learns from
@@ -120,12 +127,11 @@ def fit_deviation_model(bags: Bags, *, seed: int) -> DeviationModel:
         rest = inner != fold
         crossed[~rest] = _logistic(mean[rest], labels[rest], count, MEAN_STRENGTH)(mean[~rest])
     pooled = _pool(scores, attend_to_deviation(scores, direction))
-    return DeviationModel(
-        deviation=fitted.deviation,
-        direction=direction,
-        mean_logit=mean_logit,
-        classifier=_classifier(pooled, _against_first(crossed), bags, seed),
+    classifier, inner_answers = _classifier(pooled, _against_first(crossed), bags, seed)
+    model = DeviationModel(
+        deviation=fitted.deviation, direction=direction, mean_logit=mean_logit, classifier=classifier
     )
+    return FittedDeviation(model, inner_answers)
 
 
 def attention_direction(guide: Linear) -> Array:
@@ -174,13 +180,16 @@ def _against_first(logits: Array) -> Array:
     return logits[:, 1:] - logits[:, :1]
 
 
-def _classifier(pooled: Array, crossed: Array, bags: Bags, seed: int) -> Linear:
-    """Fit on the attention-pooled scores, on the mean-token logits or on both, as inner folds choose by AUROC."""
+def _classifier(pooled: Array, crossed: Array, bags: Bags, seed: int) -> tuple[Linear, Array]:
+    """Fit on the attention-pooled scores, on the mean-token logits or on both, as inner folds choose by AUROC.
+
+    Gives the classifier and what the chosen inputs say of each scan in the inner fold that left it out.
+    """
     labels, count = bags.labels.numpy(), len(bags.classes)
     inputs = np.concatenate([pooled, crossed], axis=1)
     from_scores = np.arange(inputs.shape[1]) < pooled.shape[1]
     inner = inner_folds(labels, bags.subjects, folds=5, seed=seed + 7)  # other folds than those of the logits
-    best, chosen = -1.0, inputs
+    best, chosen, kept = -1.0, inputs, np.zeros((len(bags), count))
     for used in (from_scores, ~from_scores, from_scores | True):
         candidate = inputs * used
         answers = np.zeros((len(bags), count))
@@ -189,8 +198,8 @@ def _classifier(pooled: Array, crossed: Array, bags: Bags, seed: int) -> Linear:
             answers[~rest] = softmax(_logistic(candidate[rest], labels[rest], count, SCORE_STRENGTH)(candidate[~rest]))
         figure = roc_auc_score(labels, answers[:, 1] if count == 2 else answers, multi_class="ovr")
         if figure > best:
-            best, chosen = figure, candidate
-    return _logistic(chosen, labels, count, SCORE_STRENGTH)
+            best, chosen, kept = figure, candidate, answers
+    return _logistic(chosen, labels, count, SCORE_STRENGTH), kept
 
 
 def _logistic(x: Array, labels: NDArray[np.int64], classes: int, strength: float) -> Linear:

@@ -47,8 +47,8 @@ class FittedFold:
         model: The model.
         history: How it got there, a row for each member and epoch; nothing where it was solved and not trained.
         inner: Probabilities of its own training scans from the members that were not fitted on them,
-            `[train, classes]`: what calibration may see. NaN where no member held a scan out. A member's epoch was
-            chosen on the same scans, so they are a little too good.
+            `[train, classes]`: what calibration may see. NaN where no member held a scan out. A member's epoch (or the
+            attention's direction) was chosen on the same scans, so they are a little too good.
     """
 
     model: FoldModel
@@ -170,8 +170,8 @@ def fit_each(
         return
     for done, job in enumerate(jobs, start=1):
         train = replace(bags.take(job.rows), labels=torch.from_numpy(job.labels))
-        unknown = np.full((len(job.rows), len(bags.classes)), np.nan)
-        yield FittedFold(model=fit_deviation_model(train, seed=job.seed), history=[], inner=unknown)
+        solved = fit_deviation_model(train, seed=job.seed)
+        yield FittedFold(model=solved.model, history=[], inner=solved.inner)
         progress(done * recipe.training.epochs, len(jobs) * recipe.training.epochs)
 
 

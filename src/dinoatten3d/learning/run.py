@@ -68,7 +68,20 @@ class Run:
 
     def table(self, name: str) -> pd.DataFrame:
         """Read one of the run's tables; ids and names are text, and a class may be called NA."""
-        text = ("scan_id", "subject", "label", "predicted", "path", "site", "sex", "session", "model", "sha256")
+        text = (
+            "scan_id",
+            "subject",
+            "label",
+            "predicted",
+            "path",
+            "site",
+            "sex",
+            "session",
+            "model",
+            "sha256",
+            "called",
+            "set",
+        )
         missing = {"age": ["", "nan"], "brain_ml": ["", "nan"]}
         try:
             return pd.read_csv(
@@ -110,7 +123,7 @@ def write_run(
         store: Where the features came from.
         config: Tables `run`, `cohort`, `features`, `recipe`, `evaluation` as `config.toml` holds them.
         baselines: Name to out-of-fold probabilities of simpler models on the same folds, `[repeats, scans, classes]`.
-        extras: File name to what it holds as JSON.
+        extras: File name to the table, or the JSON, that it holds.
 
     Raises:
         RunError: `out` exists.
@@ -130,8 +143,6 @@ def write_run(
         if baselines:
             means = {name: by_repeat.mean(axis=0) for name, by_repeat in baselines.items()}
             _model_tables(bags, means, first).to_csv(folder / "baselines.csv", index=False)
-        for name, content in extras.items():
-            write_json(folder / name, content)
         for fold in range(int(result.folds.max()) + 1):
             place = folder / f"fold-{fold}"
             place.mkdir()
@@ -145,6 +156,11 @@ def write_run(
         shape = {"dim": bags.features.shape[-1], "classes": len(bags.classes)}
         for fold, fitted in enumerate(result.fitted):
             _write_model(folder / f"fold-{fold}", fitted, {"shape": json.dumps(shape), "features": store.digest})
+        for name, content in extras.items():
+            if isinstance(content, pd.DataFrame):
+                content.to_csv(folder / name, index=False)
+            else:
+                write_json(folder / name, content)
         write_json(folder / "environment.json", environment(seconds=result.seconds, scans=len(ids)))
     return open_run(out)
 
