@@ -14,6 +14,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 from cyclopts import App, Parameter
 
 from dinoatten3d import __version__
+from dinoatten3d.cli_weights import weights_app
 from dinoatten3d.config import (
     EvaluationConfig,
     LossConfig,
@@ -34,7 +35,6 @@ app = App(
     version=__version__,
     help="Slice attention over frozen DINOv2 features for 3D brain MRI. For research, not for diagnosis.",
 )
-weights_app = App(name="weights", help="Where backbones come from, also behind a firewall.")
 app.command(weights_app)
 
 RecipeName = Annotated[str, Parameter(help="default, paper, published, or a TOML file with the same tables.")]
@@ -46,6 +46,10 @@ Classes = Annotated[
 Ignore = Annotated[list[str], Parameter(help="Raw label whose rows are left out; '' for a missing one.")]
 BackboneName = Annotated[
     str | None, Parameter(name="--backbone", help="A known name (see `weights list`), a hub id, a folder, or auto.")
+]
+Positions = Annotated[
+    Literal["official", "transformers"],
+    Parameter(help="How DINOv2's position table is resized: as its authors' code does, or as transformers does."),
 ]
 Device = Annotated[str, Parameter(help="Where the backbone runs: cpu, cuda, mps.")]
 
@@ -106,6 +110,7 @@ def extract(
     slices: SliceConfig | None = None,
     patches: PatchConfig | None = None,
     backbone: BackboneName = "auto",
+    positions: Positions = "official",
     device: Device = "cpu",
 ) -> int:
     """Run the frozen backbone once over every scan of a cohort; scans that have features already are left alone.
@@ -118,7 +123,7 @@ def extract(
     from dinoatten3d.features.extract import extract as run_extract
 
     table = read_cohort(cohort)
-    model = fetch_backbone(backbone or "auto", device)
+    model = fetch_backbone(backbone or "auto", device, positions)
     with progress_bars() as bar:
         done = run_extract(
             table,
@@ -337,28 +342,6 @@ def anomaly(
         print(sentence)
 
 
-@weights_app.command(name="list")
-def list_weights() -> None:
-    """List the backbones that have names, and which of them are here already."""
-    from dinoatten3d.features.weights import known_weights
-
-    for name, origin, here in known_weights():
-        print(f"{name:<26} {origin:<44} {'cached' if here else ''}".rstrip())
-
-
-@weights_app.command
-def fetch(name: str = "auto", /) -> None:
-    """Fetch a backbone into the cache and print its folder.
-
-    Args:
-        name: A known name, a hub id, or auto.
-    """
-    from dinoatten3d.features.weights import find_weights
-
-    found = find_weights(name, say.print)
-    print(f"{found.title}\n{found.folder}\nsource {found.source}\nsha256 {found.sha256}")
-
-
 def main() -> None:
     """Run a command; errors that the user can mend are one sentence and exit code 2."""
     try:
@@ -383,7 +366,9 @@ def _predictions(folder: Path, scans: list[Path], backbone: str | None, device: 
     from dinoatten3d.learning.run import open_run
 
     run = open_run(folder)
-    model = fetch_backbone(backbone or run.config["features"]["backbone"], device)
+    made_with = run.config["features"]["backbone_identity"]
+    positions: Any = "transformers" if made_with["position_table"] == "transformers" else "official"
+    model = fetch_backbone(backbone or made_with.get("reference", made_with["name"]), device, positions)
     for scan in scans:
         try:
             yield run_predict(run, scan, model)

@@ -15,7 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from dinoatten3d.config import load_recipe, read_toml, recipe_table
 
 if TYPE_CHECKING:
-    from dinoatten3d.features.backbone import Backbone
+    from dinoatten3d.features.backbone import Backbone, Positions
+    from dinoatten3d.features.verify import Comparison
 
 RECIPE_TABLES = {"extract": ("slices", "patches"), "train": ("model", "loss", "training")}
 """Which of a recipe's tables are options of which command."""
@@ -64,14 +65,19 @@ def progress_bars() -> Iterator[Callable[[str], Callable[[int, int], None]]]:
         yield bar
 
 
-def fetch_backbone(name: str, device: str = "cpu") -> Backbone:
+def fetch_backbone(name: str, device: str = "cpu", positions: Positions = "official") -> Backbone:
     """Find a backbone, say where it comes from, and load it."""
     from dinoatten3d.features.backbone import load_backbone
     from dinoatten3d.features.weights import find_weights
 
-    found = find_weights(name, say.print)
-    say.print(f"backbone: {found.title}, from {found.source}", markup=False)
-    return load_backbone(found, device=device)
+    found = find_weights(name, tell)
+    tell(f"backbone: {found.title}, from {found.source}")
+    return load_backbone(found, device=device, positions=positions)
+
+
+def tell(sentence: str) -> None:
+    """Say a sentence that may hold brackets."""
+    say.print(sentence, markup=False)
 
 
 def print_verdict(run: Path) -> None:
@@ -80,3 +86,15 @@ def print_verdict(run: Path) -> None:
     print(verdict["headline"])
     for sentence in verdict["sentences"]:
         print(f"  {sentence}")
+
+
+def print_comparison(found: Comparison, *, rows: int = 10) -> None:
+    """Print the tensors that differ most, how many are equal, and the verdict."""
+    if found.differences:
+        print(f"{'tensor':<60} {'largest':>10} {'relative':>10}")
+    for one in found.differences[:rows]:
+        print(f"{one.name:<60} {one.largest:>10.2g} {one.relative:>10.2g}")
+    for sentence in found.alone[:rows]:
+        print(sentence)
+    print(f"{found.equal} tensors are equal, {len(found.differences)} differ, {len(found.alone)} have no counterpart")
+    print(found.verdict)
