@@ -40,12 +40,13 @@ def fetch(name: str = "auto", /, *, source: Annotated[str | None, Parameter(name
             folder that transformers loads, a safetensors file beside its config.json, or an official DINOv2 .pth.
     """
     from dinoatten3d.features.catalogue import BY_NAME
-    from dinoatten3d.features.placing import place_weights
     from dinoatten3d.features.weights import find_weights
 
     if source in (None, "hub", "registry"):
         found = find_weights(name, tell, source=source)  # type: ignore[arg-type]
     else:
+        from dinoatten3d.features.placing import place_weights
+
         found = place_weights(name, Path(source))
     print(f"{found.title}\n{found.folder}\nsource {found.source}\nsha256 {found.sha256}")
     entry = BY_NAME.get(found.name)

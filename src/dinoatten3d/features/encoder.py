@@ -16,10 +16,8 @@ from dinoatten3d.errors import WeightsError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-PROBE_PATCHES = 4
-"""Side of the picture that an encoder is asked with, in patches."""
 PROBE_PX = 64
-"""The same in pixels, for encoders without patches."""
+"""Side of the picture that an encoder is asked with; the next multiple of the patch."""
 MOST_PREFIX_TOKENS = 16
 
 
@@ -106,7 +104,7 @@ def recognise(model: Any, name: str) -> Anatomy:
     """
     patch = getattr(model.config, "patch_size", 0)
     patch = patch if isinstance(patch, int) else 0
-    side = PROBE_PATCHES * patch or PROBE_PX
+    side = -(-PROBE_PX // patch) * patch if patch else PROBE_PX
     resizes = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
     arguments = {"interpolate_pos_encoding": True} if resizes else {}
     try:

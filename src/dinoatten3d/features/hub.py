@@ -8,7 +8,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-HUB_SECONDS = 6.0
+HUB_SECONDS = 5.0
 """How long an unreachable hub may keep the user waiting."""
 WANTED = ["config.json", "preprocessor_config.json", "model*.safetensors", "model.safetensors.index.json"]
 UNREACHABLE = (407, 429)
@@ -49,8 +49,8 @@ def hub_problem(repository: str) -> str | None:
     outcome: list[str | None] = [f"no answer in {HUB_SECONDS:.0f} s"]
 
     def ask() -> None:
-        request = urllib.request.Request(f"{endpoint}/{repository}/resolve/main/config.json", method="HEAD")
         try:
+            request = urllib.request.Request(f"{endpoint}/{repository}/resolve/main/config.json", method="HEAD")
             with urllib.request.urlopen(request, timeout=HUB_SECONDS):
                 outcome[0] = None
         except urllib.error.HTTPError as error:
@@ -61,7 +61,7 @@ def hub_problem(repository: str) -> str | None:
 
     thread = threading.Thread(target=ask, daemon=True)  # a name look-up has no time limit of its own
     thread.start()
-    thread.join(HUB_SECONDS + 1)
+    thread.join(HUB_SECONDS)
     return outcome[0]
 
 
