@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ import pytest
 import torch
 import transformers
 
+from dinoatten3d import cli
 from dinoatten3d.config import PatchConfig, SliceConfig
 from dinoatten3d.data.cohort import read_cohort
 from dinoatten3d.errors import ConfigError, RunError, WeightsError
@@ -221,13 +221,19 @@ def test_the_way_of_resizing_positions_is_part_of_the_digest_and_recorded(
     assert tables == {"dinov2": "official", "dinov3": "none", "dinov3-convnext": "none", "vit": "transformers"}
 
 
-def command(*arguments: object, code: int = 0) -> str:
-    """Run the command line; give what it printed."""
-    done = subprocess.run(
-        [sys.executable, "-m", "dinoatten3d", *map(str, arguments)], capture_output=True, text=True, env={**os.environ}
-    )
-    assert done.returncode == code, done.stderr
-    return done.stdout if code == 0 else done.stderr
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Run the command line in this process; give what it printed."""
+
+    def run(*arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["dinoatten3d", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        printed = capsys.readouterr()
+        assert stop.value.code == 0, printed.err
+        return printed.out
+
+    return run
 
 
 QUICK = ["--training.epochs", 4, "--evaluation.folds", 2, "--evaluation.bootstrap", 100]
@@ -236,14 +242,14 @@ QUICK = ["--training.epochs", 4, "--evaluation.folds", 2, "--evaluation.bootstra
 @pytest.mark.slow
 @pytest.mark.parametrize("name", END_TO_END)
 def test_every_kind_of_encoder_goes_from_scan_to_report_and_back(
-    name: str, folders: dict[str, Path], cohort_folder: Path, tmp_path: Path
+    name: str, folders: dict[str, Path], cohort_folder: Path, tmp_path: Path, command: Callable[..., str]
 ) -> None:
     cohort = cohort_folder / "cohort.csv"
-    size = 64 if TINY[name][1].get("patch_size") != 14 else 56
+    size = 112 if "reg" in name or name == "dinov2" else 128
     layer = 3 if name == "dinov3-convnext" else 2
     features = command(
-        "extract", cohort, "--out", tmp_path / "f", "--backbone", folders[name], "--slices.count", 4,
-        "--slices.size-px", size, "--patches.layer", layer, "--patches.blemished", 2, "--positions", "transformers",
+        "extract", cohort, "--out", tmp_path / "f", "--backbone", folders[name], "--slices.count", 6,
+        "--slices.size-px", size, "--patches.layer", layer, "--patches.blemished", 3, "--positions", "transformers",
     ).strip()  # fmt: skip
     for recipe in ("attention", "deviation"):
         run = tmp_path / recipe
@@ -251,7 +257,7 @@ def test_every_kind_of_encoder_goes_from_scan_to_report_and_back(
             "train", cohort, "--features", features, "--target", "DX", "--out", run, "--model.pooling", recipe, *QUICK
         )
         assert "not for diagnosis" in (run / "report.html").read_text()
-    # without --backbone the run's own is found again, and loaded as it was
+    # without --backbone the run's own is found again, and its positions are resized as they were
     answer = command("predict", tmp_path / "deviation", cohort_folder / "scans" / "scan00.nii.gz")
     assert "scan00:" in answer
     command("explain", tmp_path / "attention", cohort_folder / "scans" / "scan00.nii.gz")

