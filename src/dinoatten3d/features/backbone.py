@@ -177,10 +177,8 @@ def load_backbone(weights: Weights, *, device: str = "cpu", positions: Positions
             raise WeightsError(f"{weights.folder} {fault} {len(names)} tensors of its architecture, such as {names[0]}")
     model = loaded.model.to(device)
     anatomy = recognise(model, weights.name)
-    table: Positions | Literal["none"] = "transformers"
-    if model.config.model_type.startswith("dinov3"):
-        table = "none"
-    elif model.config.model_type in ("dinov2", "dinov2_with_registers"):
+    table: Positions | Literal["none"] = "transformers" if anatomy.arguments else "none"
+    if model.config.model_type in ("dinov2", "dinov2_with_registers"):
         table = positions
         if positions == "official":
             _resize_positions_officially(model, int(getattr(model.config, "num_register_tokens", 0) or 0))

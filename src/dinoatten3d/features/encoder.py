@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -154,7 +155,7 @@ def pixel_statistics(folder: Path) -> PixelStatistics:
         mean, std = (tuple(float(value) for value in told[key]) for key in ("image_mean", "image_std"))
     except (ValueError, KeyError, TypeError, AttributeError):
         mean = std = ()
-    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+    if len(mean) != 3 or len(std) != 3 or not all(map(math.isfinite, mean + std)) or min(std) <= 0:
         raise WeightsError(f"{path} does not tell image_mean and image_std for three channels; mend or remove it")
     return PixelStatistics(mean=mean, std=std)
 

@@ -102,8 +102,8 @@ def verify_weights(first: str | None, second: str | None, say: Say = lambda _: N
     checks = [check_hash(weights) for weights in here]
     sentences = [sentence for _, sentence in checks] or ["no backbone is cached under a known name."]
     comparison = None
-    if any(weights.name in TWINS for weights in here):
-        mine, other = TWINS
+    mine, other = TWINS
+    if any(weights.name == mine or (weights.name == other and first is not None) for weights in here):
         problem = None if cached_weights(other) else hub_problem(BY_NAME[other].home)
         if problem:
             sentences.append(f"{mine} was not compared with {other}: the hub cannot be reached ({problem}).")
