@@ -294,6 +294,12 @@ def test_a_file_is_copied_under_a_name_and_found_by_it(small: str, tmp_path: Pat
         digests.append(tensor_digest(found.folder))
         with pytest.raises(WeightsError, match="the cache holds dinov2-small-registers already"):
             place_weights(small, source)
+        origin = found.folder / "origin.json"
+        origin.write_text(origin.read_text().replace(found.sha256[:8], "deadbeef"))
+        assert not check_hash(found)[0]
+        origin.write_text("{}")
+        with pytest.raises(WeightsError, match="is damaged; remove"):
+            find_weights(small)
         shutil.rmtree(own_folder(small))
     assert len(set(digests)) == 1
     assert place_weights("group/own", folder).name == "group--own"

