@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 # A waiting OpenMP thread must not spin against a busy neighbour (set before torch is imported).
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -24,8 +23,8 @@ from dinoatten3d.config import (
     SliceConfig,
     TrainingConfig,
 )
-from dinoatten3d.console import config_layers, fetch_backbone, print_verdict, progress_bars, say
-from dinoatten3d.errors import DinoAtten3DError, ScanError
+from dinoatten3d.console import config_layers, fetch_backbone, predictions, print_verdict, progress_bars, say
+from dinoatten3d.errors import DinoAtten3DError
 
 SOME_FAILED = 3
 """Exit code when some scans could not be used and the others were."""
@@ -261,7 +260,7 @@ def predict(
     from dinoatten3d.files import write_json
 
     answers, failed = [], 0
-    for prediction in _predictions(run, scans, backbone, device):
+    for prediction in predictions(run, scans, backbone, device):
         if isinstance(prediction, str):
             failed += 1
             continue
@@ -301,7 +300,7 @@ def explain(
     from dinoatten3d.steps import explain_scan
 
     failed = 0
-    for prediction in _predictions(run, scans, backbone, device):
+    for prediction in predictions(run, scans, backbone, device):
         if isinstance(prediction, str):
             failed += 1
         else:
@@ -358,20 +357,3 @@ def main() -> None:
         say.print(f"dinoatten3d: {error.strerror or error}{where}", markup=False, style="red")
         sys.exit(2)
     sys.exit(code if isinstance(code, int) else 0)
-
-
-def _predictions(folder: Path, scans: list[Path], backbone: str | None, device: str) -> Iterator[Any]:
-    """Yield a prediction for each scan, or the reason why there is none (said at once)."""
-    from dinoatten3d.inference.predict import predict as run_predict
-    from dinoatten3d.learning.run import open_run
-
-    run = open_run(folder)
-    made_with = run.config["features"]["backbone_identity"]
-    positions: Any = "transformers" if made_with["position_table"] == "transformers" else "official"
-    model = fetch_backbone(backbone or made_with.get("reference", made_with["name"]), device, positions)
-    for scan in scans:
-        try:
-            yield run_predict(run, scan, model)
-        except ScanError as error:
-            say.print(f"failed: {error}", markup=False, style="red")
-            yield str(error)
