@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 # A waiting OpenMP thread must not spin against a busy neighbour (set before torch is imported).
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -14,6 +13,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 from cyclopts import App, Parameter
 
 from dinoatten3d import __version__
+from dinoatten3d.cli_weights import weights_app
 from dinoatten3d.config import (
     EvaluationConfig,
     LossConfig,
@@ -23,8 +23,8 @@ from dinoatten3d.config import (
     SliceConfig,
     TrainingConfig,
 )
-from dinoatten3d.console import config_layers, fetch_backbone, print_verdict, progress_bars, say
-from dinoatten3d.errors import DinoAtten3DError, ScanError
+from dinoatten3d.console import config_layers, fetch_backbone, predictions, print_verdict, progress_bars, say
+from dinoatten3d.errors import DinoAtten3DError
 
 SOME_FAILED = 3
 """Exit code when some scans could not be used and the others were."""
@@ -34,7 +34,6 @@ app = App(
     version=__version__,
     help="Slice attention over frozen DINOv2 features for 3D brain MRI. For research, not for diagnosis.",
 )
-weights_app = App(name="weights", help="Where backbones come from, also behind a firewall.")
 app.command(weights_app)
 
 RecipeName = Annotated[str, Parameter(help="default, paper, published, or a TOML file with the same tables.")]
@@ -46,6 +45,10 @@ Classes = Annotated[
 Ignore = Annotated[list[str], Parameter(help="Raw label whose rows are left out; '' for a missing one.")]
 BackboneName = Annotated[
     str | None, Parameter(name="--backbone", help="A known name (see `weights list`), a hub id, a folder, or auto.")
+]
+Positions = Annotated[
+    Literal["official", "transformers"],
+    Parameter(help="How DINOv2's position table is resized: as its authors' code does, or as transformers does."),
 ]
 Device = Annotated[str, Parameter(help="Where the backbone runs: cpu, cuda, mps.")]
 
@@ -106,6 +109,7 @@ def extract(
     slices: SliceConfig | None = None,
     patches: PatchConfig | None = None,
     backbone: BackboneName = "auto",
+    positions: Positions = "official",
     device: Device = "cpu",
 ) -> int:
     """Run the frozen backbone once over every scan of a cohort; scans that have features already are left alone.
@@ -118,7 +122,7 @@ def extract(
     from dinoatten3d.features.extract import extract as run_extract
 
     table = read_cohort(cohort)
-    model = fetch_backbone(backbone or "auto", device)
+    model = fetch_backbone(backbone or "auto", device, positions)
     with progress_bars() as bar:
         done = run_extract(
             table,
@@ -256,7 +260,7 @@ def predict(
     from dinoatten3d.files import write_json
 
     answers, failed = [], 0
-    for prediction in _predictions(run, scans, backbone, device):
+    for prediction in predictions(run, scans, backbone, device):
         if isinstance(prediction, str):
             failed += 1
             continue
@@ -300,7 +304,7 @@ def explain(
     from dinoatten3d.steps import explain_scan
 
     failed = 0
-    for prediction in _predictions(run, scans, backbone, device):
+    for prediction in predictions(run, scans, backbone, device):
         if isinstance(prediction, str):
             failed += 1
         else:
@@ -341,28 +345,6 @@ def anomaly(
         print(sentence)
 
 
-@weights_app.command(name="list")
-def list_weights() -> None:
-    """List the backbones that have names, and which of them are here already."""
-    from dinoatten3d.features.weights import known_weights
-
-    for name, origin, here in known_weights():
-        print(f"{name:<26} {origin:<44} {'cached' if here else ''}".rstrip())
-
-
-@weights_app.command
-def fetch(name: str = "auto", /) -> None:
-    """Fetch a backbone into the cache and print its folder.
-
-    Args:
-        name: A known name, a hub id, or auto.
-    """
-    from dinoatten3d.features.weights import find_weights
-
-    found = find_weights(name, say.print)
-    print(f"{found.title}\n{found.folder}\nsource {found.source}\nsha256 {found.sha256}")
-
-
 def main() -> None:
     """Run a command; errors that the user can mend are one sentence and exit code 2."""
     try:
@@ -379,18 +361,3 @@ def main() -> None:
         say.print(f"dinoatten3d: {error.strerror or error}{where}", markup=False, style="red")
         sys.exit(2)
     sys.exit(code if isinstance(code, int) else 0)
-
-
-def _predictions(folder: Path, scans: list[Path], backbone: str | None, device: str) -> Iterator[Any]:
-    """Yield a prediction for each scan, or the reason why there is none (said at once)."""
-    from dinoatten3d.inference.predict import predict as run_predict
-    from dinoatten3d.learning.run import open_run
-
-    run = open_run(folder)
-    model = fetch_backbone(backbone or run.config["features"]["backbone"], device)
-    for scan in scans:
-        try:
-            yield run_predict(run, scan, model)
-        except ScanError as error:
-            say.print(f"failed: {error}", markup=False, style="red")
-            yield str(error)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,9 +13,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from dinoatten3d.config import load_recipe, read_toml, recipe_table
+from dinoatten3d.errors import ScanError
 
 if TYPE_CHECKING:
-    from dinoatten3d.features.backbone import Backbone
+    from dinoatten3d.features.backbone import Backbone, Positions
+    from dinoatten3d.features.verify import Comparison
+    from dinoatten3d.inference.predict import Prediction
 
 RECIPE_TABLES = {"extract": ("slices", "patches"), "train": ("model", "loss", "training")}
 """Which of a recipe's tables are options of which command."""
@@ -64,14 +67,40 @@ def progress_bars() -> Iterator[Callable[[str], Callable[[int, int], None]]]:
         yield bar
 
 
-def fetch_backbone(name: str, device: str = "cpu") -> Backbone:
+def fetch_backbone(name: str, device: str = "cpu", positions: Positions = "official") -> Backbone:
     """Find a backbone, say where it comes from, and load it."""
     from dinoatten3d.features.backbone import load_backbone
     from dinoatten3d.features.weights import find_weights
 
-    found = find_weights(name, say.print)
-    say.print(f"backbone: {found.title}, from {found.source}", markup=False)
-    return load_backbone(found, device=device)
+    found = find_weights(name, tell)
+    tell(f"backbone: {found.title}, from {found.source}")
+    return load_backbone(found, device=device, positions=positions)
+
+
+def fetch_same_backbone(made_with: Mapping[str, str], device: str = "cpu", instead: str | None = None) -> Backbone:
+    """Find the backbone that made features (their `identity`), or the one named instead, and load it the same way."""
+    positions: Positions = "transformers" if made_with["position_table"] == "transformers" else "official"
+    return fetch_backbone(instead or made_with.get("reference", made_with["name"]), device, positions)
+
+
+def predictions(folder: Path, scans: list[Path], backbone: str | None, device: str) -> Iterator[Prediction | str]:
+    """Yield a prediction for each scan, or the reason why there is none (said at once)."""
+    from dinoatten3d.inference.predict import predict as run_predict
+    from dinoatten3d.learning.run import open_run
+
+    run = open_run(folder)
+    model = fetch_same_backbone(run.config["features"]["backbone_identity"], device, backbone)
+    for scan in scans:
+        try:
+            yield run_predict(run, scan, model)
+        except ScanError as error:
+            say.print(f"failed: {error}", markup=False, style="red")
+            yield str(error)
+
+
+def tell(sentence: str) -> None:
+    """Say a sentence that may hold brackets."""
+    say.print(sentence, markup=False)
 
 
 def print_verdict(run: Path) -> None:
@@ -80,3 +109,15 @@ def print_verdict(run: Path) -> None:
     print(verdict["headline"])
     for sentence in verdict["sentences"]:
         print(f"  {sentence}")
+
+
+def print_comparison(found: Comparison, *, rows: int = 10) -> None:
+    """Print the tensors that differ most, how many are equal, and the verdict."""
+    if found.differences:
+        print(f"{'tensor':<60} {'largest':>10} {'relative':>10}")
+    for one in found.differences[:rows]:
+        print(f"{one.name:<60} {one.largest:>10.2g} {one.relative:>10.2g}")
+    for sentence in found.alone[:rows]:
+        print(sentence)
+    print(f"{found.equal} tensors are equal, {len(found.differences)} differ, {len(found.alone)} have no counterpart")
+    print(found.verdict)

@@ -1,11 +1,10 @@
-"""A frozen vision transformer that turns 8-bit slices into tokens."""
+"""A frozen vision encoder that turns 8-bit slices into tokens."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -14,10 +13,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from dinoatten3d.errors import ConfigError, WeightsError
+from dinoatten3d.features.encoder import Anatomy, PixelStatistics, load_model, pixel_statistics, recognise
 from dinoatten3d.features.weights import Weights
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+Positions = Literal["official", "transformers"]
 BATCH = 12
 """Slices in one forward pass; larger ones are slower on a CPU's cache."""
 
@@ -25,9 +24,10 @@ BATCH = 12
 class Tokens(NamedTuple):
     """What the backbone says of n slices.
 
-    `cls` is `[n, dim]` after the final norm. `patches` maps a layer to `[n, rows, columns, dim]`, the last's after
-    the final norm, the others as they leave their block. `attention` is the last block's from CLS to the patches,
-    mean over heads.
+    `cls` is `[n, dim]`: the CLS token after the final norm, or what the encoder pools. `patches` maps a layer to
+    `[n, rows, columns, dim]`, the last's as the encoder gives it (after the final norm where it has one), the others as
+    they leave their block; the stages of a ConvNeXt differ in grid and dim. `attention` is the last block's from CLS to
+    the patches, mean over heads.
     """
 
     cls: NDArray[np.float32]
@@ -37,26 +37,53 @@ class Tokens(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Backbone:
-    """A loaded encoder; make one with `load_backbone`."""
+    """A loaded encoder; make one with `load_backbone`.
+
+    `position_table` says how the table is resized to the picture: `official` or `transformers`; `none` where there is
+    none (rotary positions, convolutions).
+    """
 
     model: Any
     weights: Weights
-    patch_px: int
-    dim: int
-    layers: int
-    prefix_tokens: int
+    anatomy: Anatomy
+    pixels: PixelStatistics
+    position_table: Positions | Literal["none"]
     device: torch.device
 
     @property
+    def patch_px(self) -> int:
+        """Side of a patch, which the side of a slice must be a multiple of."""
+        return self.anatomy.patch_px
+
+    @property
+    def dim(self) -> int:
+        """Width of the token of a slice."""
+        return self.anatomy.dim
+
+    @property
+    def layers(self) -> int:
+        """Number of blocks, or of stages."""
+        return self.anatomy.layers
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Tokens before the patches: CLS and registers."""
+        return self.anatomy.prefix_tokens
+
+    @property
     def identity(self) -> dict[str, str]:
-        """What decides the features: the tensors and the rule that resizes the position table."""
-        return {
+        """What decides the features: tensors, how positions are resized, pixel statistics other than ImageNet's."""
+        told = {
             "name": self.weights.name,
             "title": self.weights.title,
             "source": self.weights.source,
+            "reference": self.weights.reference,
             "sha256": self.weights.sha256,
-            "position_table": "official",
+            "position_table": self.position_table,
         }
+        if self.pixels != PixelStatistics():
+            told["pixels"] = f"mean {self.pixels.mean}, std {self.pixels.std}"
+        return told
 
     def embed(self, pixels: NDArray[np.uint8], *, layers: Sequence[int] = (), attention: bool = False) -> Tokens:
         """Embed slices.
@@ -67,7 +94,7 @@ class Backbone:
             attention: Also give the last block's attention from CLS to the patches.
 
         Raises:
-            ConfigError: The picture does not divide into patches, or a layer does not exist.
+            ConfigError: The picture does not divide into patches, a layer does not exist, or there is no attention.
         """
         rows, columns = (n // self.patch_px for n in pixels.shape[1:])
         if pixels.shape[1] % self.patch_px or pixels.shape[2] % self.patch_px:
@@ -93,70 +120,81 @@ class Backbone:
     def _embed_batch(
         self, pixels: NDArray[np.uint8], rows: int, columns: int, layers: Sequence[int], attention: bool
     ) -> Tokens:
-        self.model.set_attn_implementation("eager" if attention else "sdpa")
+        wanted = dict(self.anatomy.arguments)
+        if attention:
+            self._look("eager")
+            wanted["output_attentions"] = True
+        picture = to_rgb(torch.from_numpy(pixels).to(self.device), self.pixels)
         with torch.inference_mode():
-            out = self.model(
-                to_rgb(torch.from_numpy(pixels).to(self.device)),
-                output_hidden_states=bool(layers),
-                output_attentions=attention,
-            )
+            out = self.model(picture, output_hidden_states=bool(layers), **wanted)
+        last = out.last_hidden_state
         first = self.prefix_tokens
 
-        def grid(tokens: Tensor) -> NDArray[np.float32]:
-            return tokens[:, first:].reshape(len(pixels), rows, columns, -1).float().cpu().numpy()
+        def grid(state: Tensor) -> NDArray[np.float32]:
+            if state.ndim == 4:  # a feature map
+                return state.permute(0, 2, 3, 1).float().cpu().numpy()
+            return state[:, first:].reshape(len(pixels), rows, columns, -1).float().cpu().numpy()
 
-        normed = out.last_hidden_state
-        patches = {n: grid(normed if n == self.layers else out.hidden_states[n]) for n in layers}
-        seen = out.attentions[-1].mean(dim=1)[:, 0, first:].reshape(-1, rows, columns) if attention else None
+        seen = None
+        if attention:
+            self._look("sdpa")
+            seen = (getattr(out, "attentions", None) or [None])[-1]
+            if seen is None or not first:
+                raise self._no_attention()
+            seen = seen.mean(dim=1)[:, 0, first:].reshape(-1, rows, columns).float().cpu().numpy()
         return Tokens(
-            cls=normed[:, 0].float().cpu().numpy(),
-            patches=patches,
-            attention=seen.float().cpu().numpy() if seen is not None else None,
+            cls=(out.pooler_output.flatten(1) if self.anatomy.pooled else last[:, 0]).float().cpu().numpy(),
+            patches={n: grid(last if n == self.layers else out.hidden_states[n]) for n in layers},
+            attention=seen,
         )
 
+    def _look(self, how: Literal["eager", "sdpa"]) -> None:
+        """Choose how attention is computed; only `eager` shows its weights."""
+        try:
+            self.model.set_attn_implementation(how)
+        except ValueError:
+            raise self._no_attention() from None
 
-def load_backbone(weights: Weights, *, device: str = "cpu") -> Backbone:
-    """Load a DINOv2 encoder, with its position table resized the official way.
+    def _no_attention(self) -> ConfigError:
+        kind = self.model.config.model_type
+        return ConfigError(f"{self.weights.name} is a {kind} and shows no attention from a CLS token to its patches")
+
+
+def load_backbone(weights: Weights, *, device: str = "cpu", positions: Positions = "official") -> Backbone:
+    """Load an encoder.
 
     Args:
         weights: A folder that transformers reads.
         device: Where it runs, such as `cpu` or `cuda`.
+        positions: How DINOv2's position table is resized; other encoders have one way only.
 
     Raises:
-        WeightsError: transformers cannot load the folder, or it lacks tensors of the encoder.
+        WeightsError: transformers cannot load the folder, it lacks tensors of the encoder, or that gives no tokens.
     """
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        model, report = transformers.AutoModel.from_pretrained(
-            weights.folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
-        )
-    except Exception as error:  # transformers raises what its readers raise
-        raise WeightsError(f"{weights.folder} cannot be loaded as a backbone: {str(error).splitlines()[0]}") from None
-    missing = sorted(set(report["missing_keys"]))
-    if missing:
-        raise WeightsError(f"{weights.folder} lacks {len(missing)} tensors of its architecture, such as {missing[0]}")
-    config = model.config
-    registers = int(getattr(config, "num_register_tokens", 0) or 0)
-    if config.model_type in ("dinov2", "dinov2_with_registers"):
-        _resize_positions_officially(model, registers)
-    model.eval().requires_grad_(False).to(device)
+    loaded = load_model(weights.folder)
+    for names, fault in ((loaded.missing, "lacks"), (loaded.misshapen, "has in another shape")):
+        if names:
+            raise WeightsError(f"{weights.folder} {fault} {len(names)} tensors of its architecture, such as {names[0]}")
+    anatomy = recognise(loaded.model, weights.name)
+    model = loaded.model.to(device)
+    table: Positions | Literal["none"] = "transformers" if anatomy.arguments else "none"
+    if model.config.model_type in ("dinov2", "dinov2_with_registers"):
+        table = positions
+        if positions == "official":
+            _resize_positions_officially(model, int(getattr(model.config, "num_register_tokens", 0) or 0))
     return Backbone(
         model=model,
         weights=weights,
-        patch_px=int(config.patch_size),
-        dim=int(config.hidden_size),
-        layers=int(config.num_hidden_layers),
-        prefix_tokens=1 + registers,
+        anatomy=anatomy,
+        pixels=pixel_statistics(weights.folder),
+        position_table=table,
         device=torch.device(device),
     )
 
 
-def to_rgb(pixels: Tensor) -> Tensor:
-    """Turn 8-bit grey `[n, height, width]` into ImageNet-standardised `[n, 3, height, width]`."""
-    mean, std = (torch.tensor(v, device=pixels.device).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+def to_rgb(pixels: Tensor, statistics: PixelStatistics = PixelStatistics()) -> Tensor:  # noqa: B008  immutable
+    """Turn 8-bit grey `[n, height, width]` into standardised `[n, 3, height, width]`."""
+    mean, std = (torch.tensor(v, device=pixels.device).view(1, 3, 1, 1) for v in statistics)
     return (pixels.unsqueeze(1).float() / 255 - mean) / std
 
 

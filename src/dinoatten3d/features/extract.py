@@ -99,6 +99,7 @@ def embed_slices(slices: Slices, backbone: Backbone, patches: PatchConfig, *, se
         spoiled = blemish(slices.pixels, mm_per_px, patches.blemished if seed is not None else 0, rng)
         tissue = tissue_mask(slices.pixels).astype(np.float32)
         shape = (0, *tokens.patches[patches.layer].shape[1:])
+        patch_px = slices.pixels.shape[1] // shape[1]
         again = (
             backbone.embed(spoiled.pixels, layers=(patches.layer,)).patches[patches.layer]
             if len(spoiled.index)
@@ -106,10 +107,10 @@ def embed_slices(slices: Slices, backbone: Backbone, patches: PatchConfig, *, se
         )
         kept = PatchTokens(
             tokens=tokens.patches[patches.layer].astype(np.float16),
-            tissue=patch_mean(tissue, backbone.patch_px) > 0.5,
+            tissue=patch_mean(tissue, patch_px) > 0.5,
             blemished=np.zeros(shape, np.float16) if again is None else again.astype(np.float16),
             blemished_slice=spoiled.index,
-            blemished_weight=patch_mean(spoiled.weight, backbone.patch_px),
+            blemished_weight=patch_mean(spoiled.weight, patch_px),
             blemished_factor=spoiled.factor,
         )
     return Features(

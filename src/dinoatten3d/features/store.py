@@ -19,6 +19,8 @@ from dinoatten3d.errors import FeatureError
 from dinoatten3d.files import sha256, write_bytes, write_text
 
 FORMAT_VERSION = 1
+NO_PART = ("title", "source", "reference")
+"""What is told of a backbone and has no part in its features."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +124,7 @@ def create_store(root: Path, slices: SliceConfig, backbone: Mapping[str, str], p
     made_from: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "slices": to_dict(slices),
-        "backbone": {key: value for key, value in backbone.items() if key not in ("title", "source")},
+        "backbone": {key: value for key, value in backbone.items() if key not in NO_PART},
     }
     if patches.layer:
         made_from["patches"] = to_dict(patches)

