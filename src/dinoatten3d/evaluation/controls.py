@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from dinoatten3d.errors import CohortError
 from dinoatten3d.evaluation.covariates import covariate_matrix, covariate_table
 from dinoatten3d.evaluation.metrics import score
 from dinoatten3d.learning.bags import Bags
-from dinoatten3d.learning.fit import fit_each, fold_jobs
+from dinoatten3d.learning.fit import FittedFold, fit_jobs, fold_jobs
 from dinoatten3d.learning.splits import partition
 from dinoatten3d.learning.stack import Job
 
@@ -159,29 +159,56 @@ def shuffled_aurocs(
         progress: Called with epochs done and the most there can be.
 
     Returns:
-        Pooled out-of-fold AUROC of each shuffle.
+        Pooled out-of-fold AUROC of each shuffle that can be fitted.
     """
-    shuffles: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
-    jobs: list[Job] = []
-    for number in range(evaluation.shuffles):
-        labels = shuffle_between_subjects(bags, np.random.default_rng([evaluation.seed, number]))
-        once = replace(evaluation, repeats=1, seed=evaluation.seed + number)
-        try:
-            folds = partition(bags.scans, labels, bags.classes, once)
-        except CohortError:  # this shuffle leaves a site or a side without a class
+    shuffles = [s for number in range(evaluation.shuffles) if (s := _shuffle(bags, evaluation, number)) is not None]
+    # trained models go side by side; solved ones are large, one shuffle at a time
+    groups = [shuffles] if recipe.model.pooling == "attention" else [[shuffle] for shuffle in shuffles]
+    found: list[float] = []
+    for done, group in enumerate(groups):
+        if not group:
             continue
-        shuffles.append((labels, folds))
-        jobs += fold_jobs(folds, labels, once.seed)
-    fitted = fit_each(bags, jobs, recipe, progress=progress)  # one after the other, or all side by side
-    found = []
-    for labels, folds in shuffles:
-        probabilities = np.zeros((len(bags), len(bags.classes)))
-        for fold in range(int(folds.max()) + 1):
-            held_out = np.flatnonzero(folds[0] == fold)
-            probabilities[held_out] = next(fitted).model.score(bags.take(held_out))[0]
-        scored = folds[0] >= 0
-        found.append(score(labels[scored], probabilities[scored]).auroc)
+        try:
+            fitted = fit_jobs(
+                bags,
+                [job for shuffle in group for job in shuffle.jobs],
+                recipe,
+                progress=lambda now, total, done=done: progress(done * total + now, len(groups) * total),  # type: ignore[misc]
+            )
+        except CohortError:  # too few of something among these references, by chance
+            continue
+        for number, shuffle in enumerate(group):
+            own = fitted[number * len(shuffle.jobs) : (number + 1) * len(shuffle.jobs)]
+            found.append(_auroc_of(bags, shuffle, own))
     return found
+
+
+class _Shuffle(NamedTuple):
+    """Labels that mean nothing, who is held out when, and what to fit for it."""
+
+    labels: NDArray[np.int64]
+    folds: NDArray[np.int64]
+    jobs: list[Job]
+
+
+def _shuffle(bags: Bags, evaluation: EvaluationConfig, number: int) -> _Shuffle | None:
+    """Shuffle once; None where a site or a side is left without a class."""
+    labels = shuffle_between_subjects(bags, np.random.default_rng([evaluation.seed, number]))
+    seed = evaluation.seed + number
+    try:
+        folds = partition(bags.scans, labels, bags.classes, replace(evaluation, repeats=1, seed=seed))
+    except CohortError:
+        return None
+    return _Shuffle(labels, folds, fold_jobs(folds, labels, seed))
+
+
+def _auroc_of(bags: Bags, shuffle: _Shuffle, fitted: Sequence[FittedFold]) -> float:
+    probabilities = np.zeros((len(bags), len(bags.classes)))
+    for fold, found in enumerate(fitted):
+        held_out = np.flatnonzero(shuffle.folds[0] == fold)
+        probabilities[held_out] = found.model.score(bags.take(held_out))[0]
+    scored = shuffle.folds[0] >= 0
+    return score(shuffle.labels[scored], probabilities[scored]).auroc
 
 
 def shuffle_between_subjects(bags: Bags, rng: np.random.Generator) -> NDArray[np.int64]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -142,13 +142,6 @@ def fold_jobs(folds: NDArray[np.int64], labels: NDArray[np.int64], seed: int) ->
 def fit_jobs(
     bags: Bags, jobs: Sequence[Job], recipe: Recipe, *, progress: Progress = lambda done, total: None
 ) -> list[FittedFold]:
-    """Fit a model for each job and keep them all; see `fit_each`."""
-    return list(fit_each(bags, jobs, recipe, progress=progress))
-
-
-def fit_each(
-    bags: Bags, jobs: Sequence[Job], recipe: Recipe, *, progress: Progress = lambda done, total: None
-) -> Iterator[FittedFold]:
     """Fit a model for each job: folds, repeats and shuffled labels in one go, with the figures of one at a time.
 
     With pooling by deviation a model is solved in closed form, one after the other. Otherwise all train side by side;
@@ -160,21 +153,18 @@ def fit_each(
         jobs: Training rows, their labels and the seed of each model.
         recipe: Model, loss and training.
         progress: Called with epochs done and the most there can be, over all jobs.
-
-    Yields:
-        The models in the order of the jobs; one that was solved is made when it is asked for.
     """
     if recipe.model.pooling == "attention":
-        for trained in train_jobs(bags, jobs, recipe, progress=progress):
-            yield FittedFold(**trained._asdict())
-        return
+        return [FittedFold(**trained._asdict()) for trained in train_jobs(bags, jobs, recipe, progress=progress)]
+    fitted = []
     for done, job in enumerate(jobs, start=1):
         train = replace(bags.take(job.rows), labels=torch.from_numpy(job.labels))
         solved = fit_deviation_model(train, seed=job.seed)
-        yield FittedFold(model=solved.model, history=[], inner=solved.inner)
+        fitted.append(FittedFold(model=solved.model, history=[], inner=solved.inner))
         progress(done * recipe.training.epochs, len(jobs) * recipe.training.epochs)
+    return fitted
 
 
 def fit_fold(bags: Bags, recipe: Recipe, *, seed: int) -> FittedFold:
     """Fit one model on all of the bags, as `fit_jobs` does."""
-    return next(fit_each(bags, [Job(rows=np.arange(len(bags)), labels=bags.labels.numpy(), seed=seed)], recipe))
+    return fit_jobs(bags, [Job(rows=np.arange(len(bags)), labels=bags.labels.numpy(), seed=seed)], recipe)[0]
