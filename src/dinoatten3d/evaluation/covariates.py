@@ -18,9 +18,9 @@ from dinoatten3d.data.header import PROTOCOL, Header
 
 UNKNOWN = {"", "n/a", "na", "nan", "none", "unknown", "?"}
 PERSON = ("age", "sex", "head size")
-"""Covariates of the person; all others come from how the scan was made."""
+"""Covariates of the person; all others come from how the scan was made and stored."""
 _DIRECTIONS = ("right", "anterior", "superior")
-_MEASURED = {"field strength", "repetition time", "echo time", "inversion time", "flip angle"}
+_MEASURED = {"age", "head size", "grey levels", "field strength", "repetition time", "echo time", "inversion time", "flip angle"}
 
 
 def covariate_table(
@@ -28,6 +28,7 @@ def covariate_table(
     *,
     brain_ml: NDArray[np.float64] | None = None,
     headers: Sequence[Header | None] | None = None,
+    grey_levels: Sequence[float] | None = None,
     without: str | None = None,
 ) -> pd.DataFrame:
     """Give one row a scan and one column a covariate, as far as they are known and vary.
@@ -36,6 +37,7 @@ def covariate_table(
         scans: The rows of the cohort.
         brain_ml: Brain volume, `[scans]`.
         headers: What `read_header` found; None for a scan whose header is not known.
+        grey_levels: Distinct intensities in each brain, which tell how a file was made; NaN where not counted.
         without: A covariate to leave out: the target itself.
 
     Returns:
@@ -50,6 +52,8 @@ def covariate_table(
         columns["head size"] = [float(ml) for ml in brain_ml]
     if headers is not None:
         columns |= _header_columns(headers)
+    if grey_levels is not None:
+        columns["grey levels"] = list(grey_levels)
     table = pd.DataFrame(columns, index=pd.Index([scan.id for scan in scans], name="scan_id"))
     for name in table:
         if name in _numeric(table):
@@ -102,7 +106,7 @@ def covariate_probabilities(
 
 
 def _numeric(table: pd.DataFrame) -> set[str]:
-    return {name for name in table if name in ("age", "head size") or name in _MEASURED or "towards" in name}
+    return {name for name in table if name in _MEASURED or "towards" in name}
 
 
 def _categories(column: pd.Series) -> pd.Series:
