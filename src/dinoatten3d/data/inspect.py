@@ -66,9 +66,7 @@ def inspect_scan(path: Path, *, voxels: bool = True) -> Inspection:
     header = None
     try:
         header = read_header(path)
-        return Inspection(
-            sha256=content, header=header, voxels=inspect_voxels(load_volume(path)) if voxels else None
-        )
+        return Inspection(sha256=content, header=header, voxels=inspect_voxels(load_volume(path)) if voxels else None)
     except ScanError as error:
         return Inspection(sha256=content, header=header, voxels=None, problem=str(error))
 
@@ -81,7 +79,7 @@ def inspect_voxels(volume: Volume) -> Voxels:
     data, spacing = volume.data, volume.spacing_mm
     mask = brain_mask(volume)
     inside = data[mask]
-    extent = [_span(mask.any(axis=_others(axis))) * spacing[axis] for axis in range(3)]
+    extent = [_span(np.asarray(mask.any(axis=_others(axis)))) * spacing[axis] for axis in range(3)]
     return Voxels(
         digest=digest.hexdigest(),
         lowest=float(data.min()),

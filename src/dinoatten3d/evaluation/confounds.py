@@ -69,8 +69,11 @@ def associations(
     columns |= {f"{name} unknown": table[name].isna() for name in table if table[name].isna().any()}
     # One row a subject and class: further sessions of a person are no further evidence.
     once = ~pd.DataFrame({"subject": subjects, "label": labels}).duplicated().to_numpy()
-    tests = {name: _test(column[once].reset_index(drop=True), labels[once], seed) for name, column in columns.items()}
-    tests = {name: test for name, test in tests.items() if test is not None}
+    tests = {
+        name: test
+        for name, column in columns.items()
+        if (test := _test(column[once].reset_index(drop=True), labels[once], seed)) is not None
+    }
     adjusted = holm(np.array([test.p_value for test in tests.values()]))
     found = [
         Association(
@@ -242,9 +245,7 @@ def _belongs_to_person(name: str, table: pd.DataFrame) -> bool:
 
 
 def _named(found: list[Association]) -> str:
-    return listed(
-        f"{a.covariate} ({a.effect} {a.effect_size:.2f}, p {_p(a.p_value)}{_alone(a.auroc)})" for a in found
-    )
+    return listed(f"{a.covariate} ({a.effect} {a.effect_size:.2f}, p {_p(a.p_value)}{_alone(a.auroc)})" for a in found)
 
 
 def _alone(auroc: Interval) -> str:

@@ -20,7 +20,16 @@ UNKNOWN = {"", "n/a", "na", "nan", "none", "unknown", "?"}
 PERSON = ("age", "sex", "head size")
 """Covariates of the person; all others come from how the scan was made and stored."""
 _DIRECTIONS = ("right", "anterior", "superior")
-_MEASURED = {"age", "head size", "grey levels", "field strength", "repetition time", "echo time", "inversion time", "flip angle"}
+_MEASURED = {
+    "age",
+    "head size",
+    "grey levels",
+    "field strength",
+    "repetition time",
+    "echo time",
+    "inversion time",
+    "flip angle",
+}
 
 
 def covariate_table(

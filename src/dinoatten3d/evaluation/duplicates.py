@@ -39,9 +39,7 @@ def duplicate_groups(inspections: Sequence[Inspection]) -> list[list[int]]:
     return [places for places in groups.values() if len(places) > 1]
 
 
-def near_duplicates(
-    embeddings: NDArray[np.float32], people: Sequence[str], *, alike: float = ALIKE
-) -> list[Alike]:
+def near_duplicates(embeddings: NDArray[np.float32], people: Sequence[str], *, alike: float = ALIKE) -> list[Alike]:
     """Find scans of different subjects that look like one brain.
 
     The similarity is the cosine between scans, slice by slice, after the cohort's mean at each slice is taken away:
