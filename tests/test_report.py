@@ -17,7 +17,8 @@ from dinoatten3d.config import Recipe, to_dict
 from dinoatten3d.errors import RunError, ScanError
 from dinoatten3d.evaluation.metrics import chance, confusion, score
 from dinoatten3d.learning.run import FORMAT_VERSION
-from dinoatten3d.report import figures
+from dinoatten3d.report import figures, html
+from dinoatten3d.report import page as words
 from dinoatten3d.report import page as words
 from dinoatten3d.report.cases import CaseSlices, choose_cases
 from dinoatten3d.report.drawing import new_figure, shorten, to_svg

@@ -11,7 +11,7 @@ from scipy.stats import PermutationMethod, chi2_contingency, fisher_exact, krusk
 from scipy.stats.contingency import association
 
 from dinoatten3d.evaluation.comparison import holm
-from dinoatten3d.evaluation.covariates import PERSON, covariate_matrix, covariate_probabilities
+from dinoatten3d.evaluation.covariates import PERSON, VOXELS, covariate_matrix, covariate_probabilities
 from dinoatten3d.evaluation.findings import Finding, listed
 from dinoatten3d.evaluation.intervals import Interval, bootstrap_intervals, delong_interval
 
@@ -240,7 +240,7 @@ def _auroc(
 
 def _belongs_to_person(name: str, table: pd.DataFrame) -> bool:
     """Whether a covariate is the person's; the grid is, where it was cropped to the head and so differs everywhere."""
-    cropped = name.startswith("voxels towards") and table[name].nunique() > len(table) / 5
+    cropped = name.startswith(VOXELS) and table[name].nunique() > len(table) / 5
     return name in PERSON or cropped
 
 

@@ -19,6 +19,8 @@ from dinoatten3d.data.header import PROTOCOL, Header
 UNKNOWN = {"", "n/a", "na", "nan", "none", "unknown", "?"}
 PERSON = ("age", "sex", "head size")
 """Covariates of the person; all others come from how the scan was made and stored."""
+VOXELS = "voxels, "
+"""How the covariates of the array's size start; it is cropped to the head in some cohorts."""
 _DIRECTIONS = ("right", "anterior", "superior")
 _MEASURED = {
     "age",
@@ -115,7 +117,7 @@ def covariate_probabilities(
 
 
 def _numeric(table: pd.DataFrame) -> set[str]:
-    return {name for name in table if name in _MEASURED or "towards" in name}
+    return {name for name in table if name in _MEASURED or name.startswith(("voxel size, ", VOXELS))}
 
 
 def _categories(column: pd.Series) -> pd.Series:
@@ -127,8 +129,8 @@ def _categories(column: pd.Series) -> pd.Series:
 def _header_columns(headers: Sequence[Header | None]) -> dict[str, list[float | str | None]]:
     columns: dict[str, list[float | str | None]] = {}
     for axis, direction in enumerate(_DIRECTIONS):
-        columns[f"voxel size towards {direction}"] = [h.spacing_mm[axis] if h else np.nan for h in headers]
-        columns[f"voxels towards {direction}"] = [h.shape[axis] if h else np.nan for h in headers]
+        columns[f"voxel size, {direction}"] = [h.spacing_mm[axis] if h else np.nan for h in headers]
+        columns[f"{VOXELS}{direction}"] = [h.shape[axis] if h else np.nan for h in headers]
     columns["stored axes"] = [h.axes if h else None for h in headers]
     columns["stored type"] = [h.stored_as if h else None for h in headers]
     for name in PROTOCOL.values():
