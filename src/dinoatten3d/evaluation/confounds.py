@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy.stats import PermutationMethod, chi2_contingency, fisher_exact, kruskal
+from scipy.stats import MonteCarloMethod, chi2_contingency, fisher_exact, kruskal
 from scipy.stats.contingency import association
 
 from dinoatten3d.evaluation.comparison import holm
@@ -217,7 +217,7 @@ def _table_test(counts: NDArray[np.int64], seed: int) -> _Test:
     elif chi2_contingency(counts).expected_freq.min() >= 5:
         name, p_value = "chi-square", chi2_contingency(counts).pvalue
     else:
-        method = PermutationMethod(n_resamples=PERMUTATIONS, rng=np.random.default_rng(seed))
+        method = MonteCarloMethod(n_resamples=PERMUTATIONS, rng=np.random.default_rng(seed))
         name, p_value = "chi-square, permuted", chi2_contingency(counts, correction=False, method=method).pvalue
     return _Test(name=name, rows=int(counts.sum()), p_value=float(p_value), effect="Cramér's V", effect_size=cramer)
 
