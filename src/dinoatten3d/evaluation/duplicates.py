@@ -10,20 +10,22 @@ from numpy.typing import NDArray
 
 from dinoatten3d.data.cohort import Scan
 from dinoatten3d.data.inspect import Inspection
-from dinoatten3d.evaluation.findings import Finding, count, listed
+from dinoatten3d.evaluation.findings import Finding, Severity, count, listed
 
-ALIKE = 0.75
-"""Similarity from which two scans are taken for one brain; measured in docs/log.md."""
+SUSPECT, SURE = 7.0, 12.0
+"""How far a pair must stand out to be suspected, or taken, to be one brain; measured in docs/log.md."""
+SHRINKAGE = 0.1
+"""Share of the mean variance that is added to every direction before whitening; few scans leave some at zero."""
 FEWEST_SCANS = 10
-"""With fewer scans the average scan says too little about what scans have in common."""
+"""With fewer scans the cohort says too little about how alike two brains usually are."""
 
 
 class Alike(NamedTuple):
-    """Two scans (places in the cohort) and how alike they are, up to 1."""
+    """Two scans (places in the cohort), and how far their likeness stands out among all pairs of the cohort."""
 
     first: int
     second: int
-    similarity: float
+    deviations: float
 
 
 def duplicate_groups(inspections: Sequence[Inspection]) -> list[list[int]]:
@@ -39,28 +41,41 @@ def duplicate_groups(inspections: Sequence[Inspection]) -> list[list[int]]:
     return [places for places in groups.values() if len(places) > 1]
 
 
-def near_duplicates(embeddings: NDArray[np.float32], people: Sequence[str], *, alike: float = ALIKE) -> list[Alike]:
-    """Find scans of different subjects that look like one brain.
+def near_duplicates(embeddings: NDArray[np.float32], people: Sequence[str], *, least: float = SUSPECT) -> list[Alike]:
+    """Find scans of different subjects that are alike as no other two of the cohort are.
 
-    The similarity is the cosine between scans, slice by slice, after the cohort's mean at each slice is taken away:
-    what all brains share says nothing about who it is.
+    What all brains share at a slice, and what is the same in all slices of a scan (noise, gain, scanner), says nothing
+    about who it is: both means are taken away, and the rest is whitened by the cohort's own covariance. The
+    likeness is the cosine between scans; it stands out by so many robust standard deviations (1.4826 times the
+    median absolute deviation) from the median over pairs of different subjects.
 
     Args:
         embeddings: CLS token of each slice, `[scans, slices, dim]`; slices at like places.
         people: Subject of each scan.
-        alike: Least similarity to report.
+        least: Deviations from which a pair is reported.
 
     Returns:
         Pairs, most alike first.
     """
-    centred = (embeddings - embeddings.mean(axis=0)).reshape(len(embeddings), -1)
-    directions = centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-12)
-    similarity = directions @ directions.T
+    own = embeddings - embeddings.mean(axis=0)
+    own = own - own.mean(axis=1, keepdims=True)
+    tokens = own.reshape(-1, own.shape[-1])
+    variance, directions = np.linalg.eigh(tokens.T @ tokens / len(tokens))
+    white = own @ (directions / np.sqrt(np.maximum(variance, 0) + SHRINKAGE * variance.mean() + 1e-12))
+    flat = white.reshape(len(own), -1)
+    flat /= np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-12)
     names = np.asarray(people)
-    similarity[names[:, None] == names[None, :]] = -1
-    first, second = np.nonzero(np.triu(similarity >= alike, k=1))
-    order = np.argsort(-similarity[first, second], kind="stable")
-    return [Alike(int(a), int(b), float(similarity[a, b])) for a, b in zip(first[order], second[order], strict=True)]
+    first, second = np.triu_indices(len(flat), k=1)
+    strangers = names[first] != names[second]
+    first, second = first[strangers], second[strangers]
+    likeness = (flat @ flat.T)[first, second]
+    if len(likeness) == 0:
+        return []
+    middle = np.median(likeness)
+    deviations = (likeness - middle) / max(1.4826 * float(np.median(np.abs(likeness - middle))), 1e-6)
+    order = np.argsort(-deviations, kind="stable")
+    order = order[deviations[order] >= least]
+    return [Alike(int(first[i]), int(second[i]), float(deviations[i])) for i in order]
 
 
 def duplicate_findings(
@@ -125,23 +140,27 @@ def _near_findings(
         return []
     stacked = np.stack([tokens for tokens in embeddings or () if tokens is not None])
     pairs = [
-        Alike(known[pair.first], known[pair.second], pair.similarity)
+        Alike(known[pair.first], known[pair.second], pair.deviations)
         for pair in near_duplicates(stacked, [scans[place].subject for place in known])
     ]
     pairs = [pair for pair in pairs if frozenset(pair[:2]) not in copies]
-    if not pairs:
-        return []
-    named = listed(f"{scans[a].id} and {scans[b].id} ({similarity:.2f})" for a, b, similarity in pairs)
-    return [
-        Finding(
-            code="near-duplicate-across-subjects",
-            severity="invalid",
-            seen=f"{count(len(pairs), 'pair')} of scans under different subjects look like one brain "
-            f"(similarity of their features from {ALIKE:.2f}; 1 is a copy): {named}.",
-            means="If it is one person, a fold can be trained on the brain that it is scored on.",
-            advice="Look at both scans; if it is one person, give both rows the same subject.",
-        )
-    ]
+    advice = "Look at both scans; if it is one person, give both rows the same subject."
+    means = "If it is one person, a fold can be trained on the brain that it is scored on."
+    found = []
+    grades: tuple[tuple[Severity, list[Alike], str], ...] = (
+        ("invalid", [pair for pair in pairs if pair.deviations >= SURE], "are surely copies of one brain"),
+        ("warning", [pair for pair in pairs if pair.deviations < SURE], "may be one brain"),
+    )
+    for severity, kept, words in grades:
+        if kept:
+            named = listed(f"{scans[a].id} and {scans[b].id} ({far:.0f})" for a, b, far in kept)
+            seen = (
+                f"{count(len(kept), 'pair')} of scans under different subjects {words}: {named} (how many standard "
+                "deviations their likeness stands out from other pairs)."
+            )
+            code = "near-duplicate-across-subjects" if severity == "invalid" else "alike-across-subjects"
+            found.append(Finding(code=code, severity=severity, seen=seen, means=means, advice=advice))
+    return found
 
 
 def _named(scans: Sequence[Scan], groups: list[list[int]]) -> str:
