@@ -19,7 +19,6 @@ from dinoatten3d.evaluation.metrics import chance, confusion, score
 from dinoatten3d.learning.run import FORMAT_VERSION
 from dinoatten3d.report import figures, html
 from dinoatten3d.report import page as words
-from dinoatten3d.report import page as words
 from dinoatten3d.report.cases import CaseSlices, choose_cases
 from dinoatten3d.report.drawing import new_figure, shorten, to_svg
 from dinoatten3d.report.html import write_report

@@ -191,7 +191,7 @@ def audit_bags(cohort: Cohort, bags: Bags, evaluation: EvaluationConfig) -> Audi
         _inspect(cohort, voxels=False),
         embeddings=[tokens[real].numpy() for tokens, real in zip(bags.features, bags.mask, strict=True)],
         brain_ml=bags.brain_ml,
-        folds=evaluation.folds,
+        folds=evaluation.folds if evaluation.split == "folds" else 2,  # given splits make no demand on class sizes
         seed=evaluation.seed,
     )
 
