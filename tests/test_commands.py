@@ -69,6 +69,7 @@ def test_a_run_folder_holds_what_the_design_promises(trained: Path) -> None:
         "predictions.csv",
         "metrics.json",
         "environment.json",
+        "audit.json",
         "report.html",
     ):
         assert (run / name).stat().st_size > 0, name
@@ -98,6 +99,37 @@ def test_a_run_folder_holds_what_the_design_promises(trained: Path) -> None:
     assert predictions.groupby("subject")["fold"].nunique().max() == 1
     assert "not for diagnosis" in (run / "report.html").read_text()
     assert not list(trained.rglob("*.part"))
+
+
+def test_a_run_is_audited_and_its_report_shows_it(trained: Path) -> None:
+    found = json.loads((trained / "run" / "audit.json").read_text())
+    assert "features" in found["looked_at"]
+    assert "voxels" not in found["looked_at"]
+    page = (trained / "run" / "report.html").read_text()
+    assert '<h2 id="audit">' in page
+    assert all(finding["code"] in page for finding in found["findings"])
+
+
+def test_audit_says_by_its_exit_code_what_was_found(call, trained: Path, cohort_folder: Path, tmp_path: Path) -> None:
+    table, out = cohort_folder / "cohort.csv", tmp_path / "audit"
+    good = call("audit", table, "--features", features_of(trained), "--target", "DX", "--out", out)
+    assert good.code == 0
+    assert "Nothing invalidates a result" in good.out
+    assert json.loads((out / "audit.json").read_text())["invalid"] is False
+    assert "<html" in (out / "audit.html").read_text()
+
+    copied = tmp_path / "copied.nii.gz"
+    shutil.copy(cohort_folder / "scans" / "scan00.nii.gz", copied)
+    rows = table.read_text().replace("scans/", f"{cohort_folder}/scans/") + f"{copied},s99,AD,60,f\n"
+    (tmp_path / "faulty.csv").write_text(rows)
+    bad = call("audit", tmp_path / "faulty.csv", "--target", "DX", "--out", tmp_path / "only.json")
+    assert bad.code == 1
+    assert "s99" in bad.out
+    codes = [finding["code"] for finding in json.loads((tmp_path / "only.json").read_text())["findings"]]
+    assert codes[0] == "duplicate-across-subjects"
+
+    assert call("audit", tmp_path / "absent.csv").code == 2
+    assert call("audit", table, "--features", tmp_path).code == 2
 
 
 def test_extract_twice_does_nothing_and_says_so(

@@ -18,6 +18,7 @@ from dinoatten3d.errors import RunError, ScanError
 from dinoatten3d.evaluation.metrics import chance, confusion, score
 from dinoatten3d.learning.run import FORMAT_VERSION
 from dinoatten3d.report import figures, html
+from dinoatten3d.report import page as words
 from dinoatten3d.report.cases import CaseSlices, choose_cases
 from dinoatten3d.report.drawing import new_figure, shorten, to_svg
 from dinoatten3d.report.html import write_report
@@ -495,7 +496,7 @@ def test_any_text_in_a_figure_is_escaped(text):
 
 
 def test_numbers_have_a_true_minus_and_no_negative_zero():
-    assert [html.number(x, 1) for x in (-1.25, -0.04, 0.5, None, float("nan"))] == ["−1.2", "0.0", "0.5", "–", "–"]
-    assert html.interval({"low": -0.1, "high": 0.3}) == "−0.10–0.30"
-    assert html.interval({"low": None, "high": 0.3}) == ""
-    assert [html.duration(s) for s in (9.6, 252.3, 7300)] == ["10 s", "4 min 12 s", "2 h 1 min"]
+    assert [words.number(x, 1) for x in (-1.25, -0.04, 0.5, None, float("nan"))] == ["−1.2", "0.0", "0.5", "–", "–"]
+    assert words.interval({"low": -0.1, "high": 0.3}) == "−0.10–0.30"
+    assert words.interval({"low": None, "high": 0.3}) == ""
+    assert [words.duration(s) for s in (9.6, 252.3, 7300)] == ["10 s", "4 min 12 s", "2 h 1 min"]

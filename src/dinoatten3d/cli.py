@@ -13,6 +13,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 from cyclopts import App, Parameter
 
 from dinoatten3d import __version__
+from dinoatten3d.cli_audit import audit
 from dinoatten3d.cli_weights import weights_app
 from dinoatten3d.config import (
     EvaluationConfig,
@@ -25,6 +26,7 @@ from dinoatten3d.config import (
 )
 from dinoatten3d.console import config_layers, fetch_backbone, predictions, print_verdict, progress_bars, say
 from dinoatten3d.errors import DinoAtten3DError
+from dinoatten3d.options import BackboneName, Classes, ConfigFile, Device, Ignore, Positions, RecipeName
 
 SOME_FAILED = 3
 """Exit code when some scans could not be used and the others were."""
@@ -36,21 +38,7 @@ app = App(
 )
 app.command(weights_app)
 
-RecipeName = Annotated[str, Parameter(help="default, paper, published, or a TOML file with the same tables.")]
-ConfigFile = Annotated[Path | None, Parameter(help="TOML file that sets any option of this command.")]
-Classes = Annotated[
-    list[str],
-    Parameter(name="--classes", help="A class and its raw labels, 'healthy=HC,HC_MIXED'; once a class, in order."),
-]
-Ignore = Annotated[list[str], Parameter(help="Raw label whose rows are left out; '' for a missing one.")]
-BackboneName = Annotated[
-    str | None, Parameter(name="--backbone", help="A known name (see `weights list`), a hub id, a folder, or auto.")
-]
-Positions = Annotated[
-    Literal["official", "transformers"],
-    Parameter(help="How DINOv2's position table is resized: as its authors' code does, or as transformers does."),
-]
-Device = Annotated[str, Parameter(help="Where the backbone runs: cpu, cuda, mps.")]
+app.command(audit)
 
 
 @app.command

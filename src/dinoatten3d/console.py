@@ -5,23 +5,30 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping
+from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cyclopts.config import Dict
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 from dinoatten3d.config import load_recipe, read_toml, recipe_table
 from dinoatten3d.errors import ScanError
 
 if TYPE_CHECKING:
+    from dinoatten3d.evaluation.audit import Audit
     from dinoatten3d.features.backbone import Backbone, Positions
     from dinoatten3d.features.verify import Comparison
     from dinoatten3d.inference.predict import Prediction
 
 RECIPE_TABLES = {"extract": ("slices", "patches"), "train": ("model", "loss", "training")}
 """Which of a recipe's tables are options of which command."""
+
+EFFECT_SIGNS = {"epsilon squared": "ε²", "Cramér's V": "V"}
+SEVERITY_STYLE = {"invalid": "bold red", "warning": "yellow", "note": "dim"}
 
 say = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -121,3 +128,43 @@ def print_comparison(found: Comparison, *, rows: int = 10) -> None:
         print(sentence)
     print(f"{found.equal} tensors are equal, {len(found.differences)} differ, {len(found.alone)} have no counterpart")
     print(found.verdict)
+
+
+def print_audit(found: Audit) -> None:
+    """Print the findings of an audit as tables, worst first."""
+    console = Console(highlight=False)
+    classes = "".join(f", {name} {count}" for name, count in found.class_counts.items())
+    console.print(f"{found.scans} scans of {found.subjects} subjects{classes}", markup=False)
+    table = Table("weight", "what was seen", "what it means, and what to do", box=None, padding=(0, 2, 1, 0))
+    for finding in found.findings:
+        style = SEVERITY_STYLE[finding.severity]
+        meaning = f"{escape(finding.means)} [bold]{escape(finding.advice)}[/bold]"
+        table.add_row(f"[{style}]{finding.severity}[/{style}]", escape(finding.seen), meaning)
+    console.print(table)
+    if found.associations:
+        console.print(_association_table(found))
+    for row in found.resolution:
+        widths = ", ".join(f"{auroc} ± {half:.2f}" for auroc, half in row.half_widths.items())
+        console.print(
+            f"{row.positive} ({row.subjects}) against the others ({row.others}): AUROC {widths}; the smallest "
+            f"told from 0.5 with 80 % power is {row.smallest_auroc:.2f}",
+            markup=False,
+        )
+    verdict = (
+        "Something would invalidate any result of this cohort." if found.invalid else "Nothing invalidates a result."
+    )
+    console.print(f"{verdict} Looked at: {', '.join(found.looked_at)}.")
+
+
+def _association_table(found: Audit) -> Table:
+    table = Table(
+        "covariate", "test", "effect size", "p (Holm)", "AUROC alone", box=None, padding=(0, 2, 0, 0), expand=False
+    )
+    for row in found.associations:
+        effect = "" if row.effect == "-" else f"{EFFECT_SIGNS[row.effect]} {row.effect_size:.2f}"
+        p_value = "" if isnan(row.p_value) else "< 0.001" if row.p_value < 0.001 else f"{row.p_value:.3f}"
+        auroc = row.auroc
+        alone = "" if isnan(auroc.value) else f"{auroc.value:.2f} ({auroc.low:.2f} to {auroc.high:.2f})"
+        style = "bold" if row.p_value < 0.05 else None
+        table.add_row(escape(row.covariate), row.test, effect, p_value, alone, style=style)
+    return table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ import numpy as np
 
 from dinoatten3d.config import EvaluationConfig, Recipe, SliceConfig, from_dict, to_dict
 from dinoatten3d.data.cohort import Cohort, stem
+from dinoatten3d.data.inspect import Inspection, inspect_scan
 from dinoatten3d.data.slices import take_slices
 from dinoatten3d.data.volume import load_volume
-from dinoatten3d.errors import DinoAtten3DError, RunError
+from dinoatten3d.errors import DinoAtten3DError, FeatureError, RunError
+from dinoatten3d.evaluation.audit import Audit, audit
 from dinoatten3d.evaluation.controls import run_baselines, shuffled_aurocs
 from dinoatten3d.evaluation.decisions import (
     calibrate_folds,
@@ -33,7 +36,7 @@ from dinoatten3d.evaluation.external import (
 from dinoatten3d.evaluation.intervals import delong_interval
 from dinoatten3d.evaluation.judge import judge
 from dinoatten3d.evaluation.metrics import score
-from dinoatten3d.features.store import FeatureStore
+from dinoatten3d.features.store import Features, FeatureStore
 from dinoatten3d.files import whole_folder, write_json, write_text
 from dinoatten3d.inference.anomaly import score_anomalies
 from dinoatten3d.inference.explain import deviation_map, explain, slice_weight_map
@@ -41,6 +44,7 @@ from dinoatten3d.inference.predict import Prediction
 from dinoatten3d.learning.bags import Bags, load_bags
 from dinoatten3d.learning.fit import CrossValidation, Scored, cross_validate, fold_jobs
 from dinoatten3d.learning.run import Run, now, open_run, run_config, write_run
+from dinoatten3d.report.audit_page import audit_page
 from dinoatten3d.report.cases import CaseSlices, choose_cases
 from dinoatten3d.report.html import write_report
 from dinoatten3d.report.slices_figure import slice_weights_figure
@@ -48,6 +52,8 @@ from dinoatten3d.report.slices_figure import slice_weights_figure
 Progress = Callable[[int, int], None]
 PICTURES = 4
 """Slices shown for a case of the report."""
+READERS = 4
+"""Scans that an audit reads at a time."""
 
 
 def train_run(
@@ -113,7 +119,8 @@ def train_run(
         store=store,
         config=config,
         baselines=run_baselines(bags, result.folds, cohort.target),
-        extras={"controls.json": controls} | _decisions(bags, result, evaluation),
+        extras={"controls.json": controls, "audit.json": audit_bags(cohort, bags, evaluation).to_dict()}
+        | _decisions(bags, result, evaluation),
     )
     report_run(run.folder)
     return run
@@ -186,6 +193,54 @@ def report_run(folder: Path) -> Path:
     return write_report(folder, thumbnails=_case_pictures(run))
 
 
+def audit_cohort(
+    cohort: Cohort,
+    store: FeatureStore | None,
+    *,
+    voxels: bool = True,
+    folds: int = 5,
+    seed: int = 0,
+    progress: Progress = lambda done, total: None,
+) -> Audit:
+    """Look for what would invalidate a result before anything is trained; files, headers, voxels and features."""
+    inspections = _inspect(cohort, voxels=voxels, progress=progress)
+    if store is None:
+        return audit(cohort, inspections, folds=folds, seed=seed)
+    found = [_features_or_none(store, scan.path) for scan in cohort.scans]
+    return audit(
+        cohort,
+        inspections,
+        embeddings=[features.cls if features else None for features in found],
+        brain_ml=np.array([features.brain_ml if features else np.nan for features in found]),
+        folds=folds,
+        seed=seed,
+    )
+
+
+def audit_bags(cohort: Cohort, bags: Bags, evaluation: EvaluationConfig) -> Audit:
+    """Audit a cohort whose features are loaded already, without reading a voxel again."""
+    return audit(
+        cohort,
+        _inspect(cohort, voxels=False),
+        embeddings=[tokens[real].numpy() for tokens, real in zip(bags.features, bags.mask, strict=True)],
+        brain_ml=bags.brain_ml,
+        folds=evaluation.folds if evaluation.split == "folds" else 2,  # given splits make no demand on class sizes
+        seed=evaluation.seed,
+    )
+
+
+def write_audit(found: Audit, out: Path) -> Sequence[Path]:
+    """Write an audit: a `.json` or `.html` file, or both into a folder."""
+    content = found.to_dict()
+    paths = [out] if out.suffix in (".json", ".html") else [out / "audit.json", out / "audit.html"]
+    for path in paths:
+        if path.suffix == ".json":
+            write_json(path, content)
+        else:
+            write_text(path, audit_page(content))
+    return paths
+
+
 def find_anomalies(
     cohort: Cohort, store: FeatureStore, out: Path, *, folds: int, seed: int, progress: Progress
 ) -> list[str]:
@@ -226,6 +281,23 @@ def explain_scan(prediction: Prediction, out: Path) -> Path:
         (folder / "slices.png").write_bytes(picture)
         write_json(folder / "prediction.json", prediction.to_dict())
     return target
+
+
+def _inspect(cohort: Cohort, *, voxels: bool, progress: Progress = lambda done, total: None) -> list[Inspection]:
+    """Inspect the files of a cohort, a few at a time, in order."""
+    found = []
+    with ThreadPoolExecutor(max_workers=READERS) as readers:
+        for inspection in readers.map(lambda scan: inspect_scan(scan.path, voxels=voxels), cohort.scans):
+            found.append(inspection)
+            progress(len(found), len(cohort))
+    return found
+
+
+def _features_or_none(store: FeatureStore, scan: Path) -> Features | None:
+    try:
+        return store.read(scan)
+    except (FeatureError, OSError):
+        return None
 
 
 def _case_pictures(run: Run) -> dict[str, CaseSlices]:

@@ -18,9 +18,20 @@ from dinoatten3d.data.header import PROTOCOL, Header
 
 UNKNOWN = {"", "n/a", "na", "nan", "none", "unknown", "?"}
 PERSON = ("age", "sex", "head size")
-"""Covariates of the person; all others come from how the scan was made."""
+"""Covariates of the person; all others come from how the scan was made and stored."""
+VOXELS = "voxels, "
+"""How the covariates of the array's size start; it is cropped to the head in some cohorts."""
 _DIRECTIONS = ("right", "anterior", "superior")
-_MEASURED = {"field strength", "repetition time", "echo time", "inversion time", "flip angle"}
+_MEASURED = {
+    "age",
+    "head size",
+    "grey levels",
+    "field strength",
+    "repetition time",
+    "echo time",
+    "inversion time",
+    "flip angle",
+}
 
 
 def covariate_table(
@@ -28,6 +39,7 @@ def covariate_table(
     *,
     brain_ml: NDArray[np.float64] | None = None,
     headers: Sequence[Header | None] | None = None,
+    grey_levels: Sequence[float] | None = None,
     without: str | None = None,
 ) -> pd.DataFrame:
     """Give one row a scan and one column a covariate, as far as they are known and vary.
@@ -36,6 +48,7 @@ def covariate_table(
         scans: The rows of the cohort.
         brain_ml: Brain volume, `[scans]`.
         headers: What `read_header` found; None for a scan whose header is not known.
+        grey_levels: Distinct intensities in each brain, which tell how a file was made; NaN where not counted.
         without: A covariate to leave out: the target itself.
 
     Returns:
@@ -50,6 +63,8 @@ def covariate_table(
         columns["head size"] = [float(ml) for ml in brain_ml]
     if headers is not None:
         columns |= _header_columns(headers)
+    if grey_levels is not None:
+        columns["grey levels"] = list(grey_levels)
     table = pd.DataFrame(columns, index=pd.Index([scan.id for scan in scans], name="scan_id"))
     for name in table:
         if name in _numeric(table):
@@ -102,7 +117,7 @@ def covariate_probabilities(
 
 
 def _numeric(table: pd.DataFrame) -> set[str]:
-    return {name for name in table if name in ("age", "head size") or name in _MEASURED or "towards" in name}
+    return {name for name in table if name in _MEASURED or name.startswith(("voxel size, ", VOXELS))}
 
 
 def _categories(column: pd.Series) -> pd.Series:
@@ -114,8 +129,8 @@ def _categories(column: pd.Series) -> pd.Series:
 def _header_columns(headers: Sequence[Header | None]) -> dict[str, list[float | str | None]]:
     columns: dict[str, list[float | str | None]] = {}
     for axis, direction in enumerate(_DIRECTIONS):
-        columns[f"voxel size towards {direction}"] = [h.spacing_mm[axis] if h else np.nan for h in headers]
-        columns[f"voxels towards {direction}"] = [h.shape[axis] if h else np.nan for h in headers]
+        columns[f"voxel size, {direction}"] = [h.spacing_mm[axis] if h else np.nan for h in headers]
+        columns[f"{VOXELS}{direction}"] = [h.shape[axis] if h else np.nan for h in headers]
     columns["stored axes"] = [h.axes if h else None for h in headers]
     columns["stored type"] = [h.stored_as if h else None for h in headers]
     for name in PROTOCOL.values():

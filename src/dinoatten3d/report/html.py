@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import pandas as pd
 from markupsafe import Markup
@@ -16,15 +14,16 @@ from matplotlib.figure import Figure
 from dinoatten3d.evaluation.metrics import METRICS
 from dinoatten3d.files import write_text
 from dinoatten3d.report import figures
+from dinoatten3d.report.audit_page import audit_figure
 from dinoatten3d.report.cases import CaseSlices, choose_cases, png_uri
 from dinoatten3d.report.drawing import to_svg
+from dinoatten3d.report.page import NOTHING, number, templates
 from dinoatten3d.report.record import Record, probabilities_of, read_record
 from dinoatten3d.report.slices_figure import attention_profile_figure
 
 __all__ = ["CaseSlices", "choose_cases", "write_report"]
 
 REPORT = "report.html"
-NOTHING = "–"
 HEAVIEST = 4
 """Slices named for a case that has no pictures."""
 
@@ -45,7 +44,7 @@ def write_report(run: Path, *, thumbnails: Mapping[str, CaseSlices] | None = Non
     """
     record = read_record(run)
     page = (
-        _templates()
+        templates()
         .get_template("report.html.j2")
         .render(
             run=record.config["run"],
@@ -60,56 +59,14 @@ def write_report(run: Path, *, thumbnails: Mapping[str, CaseSlices] | None = Non
             figures=_draw(record),
             cases=_case_rows(record, thumbnails or {}),
             audit=_audit(record),
+            audited=record.audit,
+            audit_figure=audit_figure(record.audit) if record.audit else "",
             environment=record.environment,
         )
     )
     target = record.folder / REPORT
     write_text(target, page)
     return target
-
-
-def _templates() -> jinja2.Environment:
-    templates = jinja2.Environment(
-        loader=jinja2.PackageLoader("dinoatten3d.report"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    templates.filters |= {"number": number, "interval": interval, "plain": plain, "duration": duration}
-    return templates
-
-
-def number(value: float | None, digits: int = 2) -> str:
-    """Write a figure with a true minus sign; what is unknown is an en dash."""
-    if value is None or not math.isfinite(value):
-        return NOTHING
-    return f"{round(value, digits) + 0.0:.{digits}f}".replace("-", "\N{MINUS SIGN}")  # never "-0"
-
-
-def interval(estimate: Mapping[str, float | None] | None) -> str:
-    """Write `low to high` of an estimate, or nothing where it has no interval."""
-    low, high = (number((estimate or {}).get(end)) for end in ("low", "high"))
-    return "" if NOTHING in (low, high) else f"{low}\N{EN DASH}{high}"
-
-
-def plain(value: Any) -> str:
-    """Write a value of a configuration as a person would."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, (list, tuple)):
-        return ", ".join(plain(item) for item in value) or "none"
-    if isinstance(value, float):
-        return f"{value:g}".replace("-", "\N{MINUS SIGN}")
-    return NOTHING if value is None or value == "" else str(value)
-
-
-def duration(seconds: float) -> str:
-    """Write seconds as `4 min 12 s`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    parts = [f"{hours} h"] * bool(hours) + [f"{minutes} min"] * bool(minutes or hours) + [f"{rest} s"]
-    return " ".join(parts[:2] if hours else parts)
 
 
 def _model(record: Record) -> dict[str, Any]:

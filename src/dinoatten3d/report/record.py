@@ -35,6 +35,7 @@ class Record:
         predictions: Pooled out-of-fold: scan_id, subject, label, fold, predicted, p_<class>.
         baselines: The same for every baseline, named in `model`; empty where none was run.
         attention: One row a slice: scan_id, fold, label, slice, plane, position_mm, weight.
+        audit: `audit.json`; None in a run that has none.
         history: One row an epoch: fold, member, epoch, train_loss, validation_loss, chosen; may be empty.
     """
 
@@ -48,6 +49,7 @@ class Record:
     baselines: pd.DataFrame
     attention: pd.DataFrame
     history: pd.DataFrame
+    audit: dict[str, Any] | None = None
 
     @property
     def classes(self) -> list[str]:
@@ -78,6 +80,7 @@ def read_record(folder: Path) -> Record:
         baselines=_baselines(folder, ("model", *probabilities)),
         attention=_table(folder, "attention.csv", ("scan_id", "label", "plane", "position_mm", "weight")),
         history=_history(folder),
+        audit=_json(folder, "audit.json") if (folder / "audit.json").exists() else None,
     )
     probabilities_of(record.predictions, record.classes)
     return record
