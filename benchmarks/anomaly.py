@@ -53,7 +53,7 @@ def main() -> None:
             patch, hit = [], []
             for i in np.flatnonzero(labels == 1):
                 mask = nib.load(made.truth.parent / truth.loc[bags.scans[i].id, "mask"])
-                affine = done.store.read(bags.scans[i].path).affine_ras
+                affine = done.store.read(bags.scans[i].path).affine_ras[0]
                 share = lesion_share(mask, affine, found.maps[i].shape, recipe.slices.size_px)
                 tissue = bags.tokens[i].tissue
                 inside, outside = tissue & (share >= 0.5), tissue & (share == 0)

@@ -68,7 +68,7 @@ def main() -> None:
         load_backbone(weights),
         work / "features",
         slices=slices,
-        patches=PatchConfig(layer=0, blemished=0),
+        patches=PatchConfig(layers=(), blemished=0),
     ).store
     bags = load_bags(cohort, store)
     recipe = replace(recipe, training=replace(recipe.training, epochs=arguments.epochs, patience=0))

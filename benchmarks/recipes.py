@@ -5,7 +5,8 @@
 prints a Markdown table: AUROC (mean and sd over seeds, then over draws), how much of the attention falls on slices
 that hold lesion in units of uniform attention, and how often the heaviest slice holds lesion (both over
 all lesion scans).
-All recipes see the same slices and folds, those of the default recipe, so that only the learning differs.
+All recipes see the same slices and folds, those of the default recipe (or of --planes, --layers and --pca), so that
+only the learning differs; a recipe may be a TOML file.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 
 from dinoatten3d.config import EvaluationConfig, load_recipe
 from dinoatten3d.data.cohort import read_cohort
+from dinoatten3d.data.slices import stacks
 from dinoatten3d.demo.cohorts import lesion_area_mm2
 from dinoatten3d.demo.implant import DARK, SUBTLE, implant_cohort
 from dinoatten3d.evaluation.controls import run_baselines
@@ -40,6 +42,8 @@ def main() -> None:
     weights = find_weights("auto", print)
     backbone = load_backbone(weights)
     recipe = load_recipe("default")
+    slices = replace(recipe.slices, planes=tuple(arguments.planes))
+    patches = replace(recipe.patches, layers=tuple(arguments.layers), pca=arguments.pca)
     rows = []
     for contrast in arguments.contrasts:
         for draw in arguments.draws:
@@ -48,9 +52,7 @@ def main() -> None:
                 arguments.brains, arguments.lesions, arguments.work / f"{contrast}-{draw}", config=config
             )
             cohort = read_cohort(made.table, target="diagnosis")
-            store = extract(
-                cohort, backbone, arguments.work / "features", slices=recipe.slices, patches=recipe.patches
-            ).store
+            store = extract(cohort, backbone, arguments.work / "features", slices=slices, patches=patches).store
             bags = load_bags(cohort, store)
             bags = relabelled(bags, made.truth, arguments.task)
             holds_lesion = lesion_slices(bags, made.truth)
@@ -117,7 +119,8 @@ def lesion_slices(bags: Bags, truth: Path) -> np.ndarray:
     for row, scan in enumerate(bags.scans):
         if masks[scan.id]:
             mask = nib.load(truth.parent / masks[scan.id])
-            holds[row] = lesion_area_mm2(mask, bags.plane, bags.position_mm[row], 2.0) > 0
+            for plane, run in stacks(bags.planes).items():
+                holds[row, run] = lesion_area_mm2(mask, plane, bags.position_mm[row, run], 2.0) > 0
     return holds
 
 
@@ -149,6 +152,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--task", default="lesion", choices=["lesion", "sides", "rare"])
     parser.add_argument("--folds", type=int, default=6)
+    parser.add_argument("--planes", nargs="+", default=["axial"])
+    parser.add_argument("--layers", nargs="+", type=int, default=[9])
+    parser.add_argument("--pca", type=int, default=0)
     parser.add_argument("--recipes", nargs="+", default=["default", "paper", "published"])
     return parser.parse_args()
 

@@ -150,7 +150,7 @@ def planted(scans: int, slices: int, dim: int) -> Bags:
         position_mm=np.zeros((scans, slices)),
         brain_ml=np.zeros(scans),
         classes=("healthy", "planted"),
-        plane="axial",
+        planes=("axial",) * slices,
         tokens=(None,) * scans,
     )
 

@@ -20,7 +20,7 @@ from dinoatten3d import cli
 from dinoatten3d.data.slices import AXIS
 
 QUICK = ["--training.epochs", "8", "--evaluation.folds", "3", "--evaluation.bootstrap", "100"]
-SMALL = ["--slices.count", "6", "--slices.size-px", "112", "--patches.layer", "2", "--patches.blemished", "3"]
+SMALL = ["--slices.count", "6", "--slices.size-px", "112", "--patches.layers", "2", "--patches.blemished", "3"]
 
 
 class Result:
@@ -255,6 +255,62 @@ def test_explain_lays_the_weights_over_the_scan_in_its_own_grid(
     assert (folder / "slices.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_several_planes_and_layers_and_a_pca_work_end_to_end(
+    call, cohort_folder: Path, tiny_backbone_folder: Path, tmp_path: Path
+) -> None:
+    cohort, backbone = cohort_folder / "cohort.csv", ("--backbone", tiny_backbone_folder)
+    small = ("--slices.count", 5, "--slices.size-px", 70, "--patches.layers", 1, "--patches.layers", 2)
+    given = (cohort, "--out", tmp_path / "f", *backbone, *small, "--patches.pca", 12)
+    made = call("extract", *given, "--planes", "axial,sagittal")
+    assert made.code == 0, made.err
+    spelt = call("extract", *given, "--slices.planes", "axial", "--slices.planes", "sagittal")
+    assert spelt.out == made.out
+    assert "all 20 scans have features already" in spelt.err
+    run = tmp_path / "run"
+    trained = call("train", cohort, "--features", made.out.strip(), "--target", "DX", "--out", run, *QUICK)
+    assert trained.code == 0, trained.err
+    attention = pd.read_csv(run / "attention.csv")
+    assert attention.groupby("scan_id")["plane"].value_counts().unique().tolist() == [5]
+    shutil.rmtree(tmp_path / "f")  # a run answers without its feature folder
+    scan = cohort_folder / "scans" / "scan03.nii.gz"
+    answer = call("explain", run, scan, *backbone)
+    assert answer.code == 0, answer.err
+    folder = run / "explain" / "scan03"
+    found = json.loads((folder / "prediction.json").read_text())
+    out_of_fold = pd.read_csv(run / "predictions.csv").set_index("scan_id")
+    assert found["probabilities"]["AD"] == pytest.approx(out_of_fold.loc["scan03", "p_AD"], abs=1e-3)
+    assert found["planes"] == ["axial", "sagittal"]
+    assert set(pd.read_csv(folder / "weights.csv")["plane"]) == {"axial", "sagittal"}
+
+
+def test_an_explanation_that_exists_is_refused_before_anything_is_embedded(
+    call, trained: Path, cohort_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "scan01").mkdir()
+    scan = cohort_folder / "scans" / "scan01.nii.gz"
+    result = call("explain", trained / "run", scan, "--out", tmp_path, "--backbone", tmp_path / "no-backbone-here")
+    assert result.code == 2
+    assert "scan01 exists; choose another --out" in result.err
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--planes", "axial,oblique"], "slices.planes is axial, oblique; wanted one or several of axial, coronal"),
+        (["--planes", "axial,axial"], "name each plane once"),
+        (["--slices.size-px", "100"], "do not divide into 14 px patches; use --slices.size-px 98"),
+        (["--patches.layers", "0"], "patches.layers is 0; wanted different layers, each 1 or more"),
+    ],
+)
+def test_what_extract_cannot_take_is_one_sentence(
+    call, cohort_folder: Path, tiny_backbone_folder: Path, tmp_path: Path, given: list[str], said: str
+) -> None:
+    arguments = ("--backbone", tiny_backbone_folder, "--out", tmp_path / "f", *given)
+    result = call("extract", cohort_folder / "cohort.csv", *arguments)
+    assert result.code == 2
+    assert said in " ".join((result.err + result.out).replace("│", " ").split())
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -266,7 +322,7 @@ def test_explain_lays_the_weights_over_the_scan_in_its_own_grid(
         (["--target", "DX", "--config", "none.toml"], "none.toml cannot be read"),
         (["--target", "DX", "--training.epochs", "0"], "training.epochs is 0"),
         (["--target", "DX", "--training.epoch", "3"], "Unknown option"),
-        (["--target", "DX", "--slices.plane", "coronal"], "Unknown option"),
+        (["--target", "DX", "--slices.planes", "coronal"], "Unknown option"),
         (["--target", "DX", "--features", "nowhere"], "nowhere is not a feature folder"),
     ],
 )
@@ -298,10 +354,10 @@ def test_another_backbone_than_the_runs_is_refused(call, trained: Path, cohort_f
 def test_a_run_of_another_version_is_refused(call, trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained / "run", tmp_path / "run")
     config = tmp_path / "run" / "config.toml"
-    config.write_text(config.read_text().replace("format_version = 2", "format_version = 7"))
+    config.write_text(config.read_text().replace("format_version = 3", "format_version = 7"))
     result = call("report", tmp_path / "run")
     assert result.code == 2
-    assert "has format 7, this program reads 2" in result.err
+    assert "has format 7, this program reads 3" in result.err
     missing = call("report", tmp_path / "nothing")
     assert missing.code == 2
     assert "is not a run folder" in missing.err

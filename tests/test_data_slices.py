@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import head, shared
-from dinoatten3d.config import SliceConfig, load_recipe
+from dinoatten3d.config import Plane, SliceConfig, load_recipe
 from dinoatten3d.data.brain import brain_box, brain_mask
-from dinoatten3d.data.slices import AXIS, take_slices
+from dinoatten3d.data.slices import AXIS, stacks, take_slices
 from dinoatten3d.data.volume import load_volume
 from dinoatten3d.errors import ConfigError, ScanError
 
@@ -37,11 +37,11 @@ def marked(save: Save, where: tuple[int, int, int]) -> Path:
 def test_a_bright_spot_is_found_at_its_place_in_mm(
     save_nifti: Save, plane: str, fit: str, where: tuple[int, int, int]
 ) -> None:
-    config = SliceConfig(plane=plane, fit=fit, count=20, spacing_mm="brain")  # type: ignore[arg-type]
+    config = SliceConfig(planes=(plane,), fit=fit, count=20, spacing_mm="brain")  # type: ignore[arg-type]
     slices = take_slices(load_volume(marked(save_nifti, where)), config)
     spot = slices.pixels.astype(float) > 180
     rows, columns, numbers = (spot.transpose(1, 2, 0).nonzero()[i].mean() for i in range(3))
-    found = (slices.affine_ras @ [rows, columns, numbers, 1])[:3]
+    found = (slices.affine_ras[0] @ [rows, columns, numbers, 1])[:3]
     wanted = (AFFINE @ [*where, 1])[:3]
     np.testing.assert_allclose(found, wanted, atol=4.5)
     assert np.all(np.diff(slices.position_mm) > 0)
@@ -128,7 +128,7 @@ def test_any_grid_gives_slices_or_one_clear_sentence(
 ) -> None:
     rng = np.random.default_rng(seed)
     path = save_nifti(rng.gamma(1, 50, shape).astype(np.float32), affine=np.diag([*rng.uniform(0.5, 6, 3), 1]))
-    config = SliceConfig(count=count, fit=fit, plane=plane, size_px=56)  # type: ignore[arg-type]
+    config = SliceConfig(count=count, fit=fit, planes=(plane,), size_px=56)  # type: ignore[arg-type]
     try:
         slices = take_slices(load_volume(path), config)
     except ScanError as error:
@@ -153,7 +153,25 @@ def test_a_stripped_brain_is_its_own_mask() -> None:
     assert (mask & (volume.data > 0)).sum() / (volume.data > 0).sum() > 0.99
 
 
+def test_several_planes_are_the_single_ones_one_after_the_other(save_nifti: Save) -> None:
+    volume = load_volume(save_nifti(head(), affine=AFFINE))
+    planes: tuple[Plane, ...] = ("coronal", "axial", "sagittal")
+    together = take_slices(volume, SliceConfig(planes=planes, count=7, size_px=56))
+    assert together.planes == tuple(np.repeat(planes, 7))
+    for plane, run in stacks(together.planes).items():
+        alone = take_slices(volume, SliceConfig(planes=(plane,), count=7, size_px=56))
+        for name in ("pixels", "position_mm", "affine_ras"):
+            np.testing.assert_array_equal(getattr(together, name)[run], getattr(alone, name), err_msg=name)
+        assert (np.diff(together.position_mm[run]) > 0).all()
+
+
 def test_a_configuration_that_cannot_work_is_refused() -> None:
-    for wrong in ({"count": 0}, {"spacing_mm": -1.0}, {"fit": "published"}, {"size_px": 3}):
+    for wrong in (
+        {"planes": ()},
+        {"planes": "axial"},
+        {"planes": ("axial", "oblique")},
+        {"planes": ("axial", "axial")},
+        *({"count": 0}, {"spacing_mm": -1.0}, {"fit": "published"}, {"size_px": 3}),
+    ):
         with pytest.raises(ConfigError):
             replace(SliceConfig(), **wrong)  # type: ignore[arg-type]

@@ -66,7 +66,7 @@ def cohort(n: int = 40, *, seed: int = 0, lesions: bool = True, scans_each: int 
         position_mm=np.tile(np.arange(SLICES, dtype=float), (2 * n, 1)),
         brain_ml=rng.normal(1400, 100, 2 * n),
         classes=("healthy", "lesion"),
-        plane="axial",
+        planes=("axial",) * SLICES,
         tokens=tokens,
     )
     return bags, place
@@ -94,7 +94,7 @@ def test_without_a_lesion_it_is_at_chance() -> None:
 def test_healthy_training_scans_score_as_new_healthy_ones_do() -> None:
     bags, _ = cohort(60, lesions=False)
     train = bags.take(np.arange(30))
-    fitted = fit_deviation(train.tokens, train.subjects, np.ones(30, bool), mirror=True, seed=0)  # type: ignore[arg-type]
+    fitted = fit_deviation(train.tokens, train.subjects, np.ones(30, bool), planes=bags.planes, seed=0)  # type: ignore[arg-type]
     new = np.stack([fitted.deviation.map(bags.tokens[i]) for i in range(30, 60)])  # type: ignore[arg-type]
     old_scores, new_scores = (slice_scores(m, np.ones(m.shape[:-1], bool)).max(axis=1) for m in (fitted.maps, new))
     assert (np.abs(old_scores.mean(axis=0) - new_scores.mean(axis=0)) < 0.6 * new_scores.std(axis=0)).all()
@@ -113,7 +113,7 @@ def test_the_held_out_scans_cannot_enter_the_reference() -> None:
     planted = cross_validate(replace(bags, tokens=absurd), Recipe(), EvaluationConfig(folds=3), folds=folds)
     for name, tensor in honest.fitted[0].model.tensors().items():
         assert torch.equal(tensor, planted.fitted[0].model.tensors()[name]), name
-    places = [result.fitted[1].model.tensors()["deviation.place"] for result in (honest, planted)]
+    places = [result.fitted[1].model.tensors()["deviation.0.place"] for result in (honest, planted)]
     assert not torch.equal(*places)
 
 
@@ -125,7 +125,7 @@ def test_a_subject_is_never_its_own_reference_with_any_of_its_scans() -> None:
         odd = tokens[i].tokens.copy()
         odd[3, 1:4, 1:4] += (4 * DARKER).astype(np.float16)
         tokens[i] = replace(tokens[i], tokens=odd)
-    maps = fit_deviation(tokens, bags.subjects, bags.labels.numpy() == 0, mirror=True, seed=0).maps
+    maps = fit_deviation(tokens, bags.subjects, bags.labels.numpy() == 0, planes=bags.planes, seed=0).maps
     assert (maps[:2, 3, 2, 2, 0] > 6).all()  # in 8 scans, a member of its own reference stays below 8 ** 0.5
 
 
@@ -164,9 +164,30 @@ def test_attention_follows_its_direction() -> None:
 @pytest.mark.parametrize("plane", ["axial", "sagittal"])
 def test_a_sagittal_slice_is_not_compared_with_its_own_front_and_back(plane: str) -> None:
     bags, _ = cohort(12)
-    model = fit_deviation_model(replace(bags, plane=plane), seed=0).model  # type: ignore[arg-type]
-    assert len(model.deviation.weight) == (DIM if plane == "sagittal" else 2 * DIM)
+    model = fit_deviation_model(replace(bags, planes=(plane,) * SLICES), seed=0).model  # type: ignore[arg-type]
+    assert len(model.deviation.by_plane[0].weight) == (DIM if plane == "sagittal" else 2 * DIM)
     assert model.score(bags)[0].shape == (24, 2)
+
+
+def test_nothing_crosses_from_one_plane_into_another() -> None:
+    bags, _ = cohort(12)
+    planes = ("axial",) * 4 + ("sagittal",) * 2
+    loud = tuple(
+        replace(t, tokens=np.where(np.arange(SLICES)[:, None, None, None] >= 4, np.float16(50), 1) * t.tokens)
+        for t in bags.tokens
+        if t is not None
+    )
+    reference = bags.labels.numpy() == 0
+    one, other = (
+        fit_deviation(tokens, bags.subjects, reference, planes=planes, seed=0)  # type: ignore[arg-type]
+        for tokens in (bags.tokens, loud)
+    )
+    np.testing.assert_array_equal(one.maps[:, :4], other.maps[:, :4])
+    assert not np.array_equal(one.maps[:, 4:], other.maps[:, 4:])
+    axial, sagittal = one.deviation.by_plane
+    assert (len(axial.weight), len(sagittal.weight)) == (2 * DIM, DIM)
+    assert (len(axial.place), len(sagittal.place)) == (4, 2)
+    assert one.deviation.map(loud[0])[:4].tolist() == one.deviation.map(bags.tokens[0])[:4].tolist()  # type: ignore[arg-type]
 
 
 def test_several_classes_work() -> None:
@@ -183,10 +204,10 @@ def test_features_without_patches_and_too_few_references_are_named() -> None:
     with pytest.raises(FeatureError, match="hold no patch tokens"):
         fit_deviation_model(replace(bags, tokens=(None,) * 24), seed=0)
     with pytest.raises(CohortError, match="has 3 subjects in the training scans"):
-        fit_deviation(bags.tokens[:3], bags.subjects[:3], np.ones(3, bool), mirror=True, seed=0)  # type: ignore[arg-type]
+        fit_deviation(bags.tokens[:3], bags.subjects[:3], np.ones(3, bool), planes=bags.planes, seed=0)  # type: ignore[arg-type]
     bare = [replace(t, blemished_weight=t.blemished_weight * 0) for t in bags.tokens if t is not None]
     with pytest.raises(CohortError, match="hold no blemished patches"):
-        fit_deviation(bare, bags.subjects, bags.labels.numpy() == 0, mirror=True, seed=0)
+        fit_deviation(bare, bags.subjects, bags.labels.numpy() == 0, planes=bags.planes, seed=0)
 
 
 def test_anomaly_finds_lesions_and_their_slices_without_their_labels() -> None:

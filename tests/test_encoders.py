@@ -58,7 +58,7 @@ SHAPES = {  # patch, width, layers, prefix tokens
     "siglip": (16, 48, 3, 0),
     "convnext": (32, 48, 4, 0),
 }
-NONE = PatchConfig(layer=0)
+NONE = PatchConfig(layers=())
 END_TO_END = ("dinov2", "registers", "dinov3", "dinov3-convnext", "vit", "siglip")
 
 
@@ -272,7 +272,7 @@ def test_every_kind_of_encoder_goes_from_scan_to_report_and_back(
     layer = 3 if name == "dinov3-convnext" else 2
     features = command(
         "extract", cohort, "--out", tmp_path / "f", "--backbone", folders[name], "--slices.count", 6,
-        "--slices.size-px", size, "--patches.layer", layer, "--patches.blemished", 6, "--positions", "transformers",
+        "--slices.size-px", size, "--patches.layers", layer, "--patches.blemished", 6, "--positions", "transformers",
     ).strip()  # fmt: skip
     for recipe in ("attention", "deviation"):
         run = tmp_path / recipe

@@ -24,7 +24,7 @@ from dinoatten3d.learning.run import open_run
 from dinoatten3d.steps import evaluate_run, train_run
 
 SLICES = SliceConfig(count=6, size_px=112)
-PATCHES = PatchConfig(layer=2, blemished=3)
+PATCHES = PatchConfig(layers=(2,), blemished=3)
 
 
 @pytest.fixture(scope="module")

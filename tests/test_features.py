@@ -23,9 +23,11 @@ from dinoatten3d.features.hub import hub_problem
 from dinoatten3d.features.registry import WHEEL_SHA256, check_sha256
 from dinoatten3d.features.store import open_store
 from dinoatten3d.features.weights import cached_weights, find_weights
+from dinoatten3d.files import sha256
+from dinoatten3d.learning.bags import choose_layers
 
 SLICES = SliceConfig(count=6, size_px=56)
-NONE, PATCHES = PatchConfig(layer=0), PatchConfig(layer=2, blemished=3)
+NONE, PATCHES = PatchConfig(layers=()), PatchConfig(layers=(2,), blemished=3)
 
 
 @pytest.fixture(scope="session")
@@ -141,7 +143,7 @@ def test_missing_damaged_and_foreign_features_are_named(
     with pytest.raises(FeatureError, match="did you mean"):
         open_store(tmp_path / "f")
     recipe = store.folder / "recipe.toml"
-    recipe.write_text(recipe.read_text().replace("format_version = 1", "format_version = 9"))
+    recipe.write_text(recipe.read_text().replace("format_version = 2", "format_version = 9"))
     with pytest.raises(FeatureError, match="has format 9"):
         open_store(store.folder)
 
@@ -212,6 +214,64 @@ def test_patch_tokens_and_blemishes_are_kept_and_the_same_every_time(
     assert len(set(first.blemished_slice)) == 3
     for name, array in vars(first).items():
         np.testing.assert_array_equal(array, getattr(second, name), err_msg=name)
+
+
+def test_one_pass_serves_several_planes_and_layers(backbone: Backbone, cohort_folder: Path, tmp_path: Path) -> None:
+    cohort = read_cohort(cohort_folder / "cohort.csv").subset({"scan00"})
+    scan = cohort.scans[0].path
+    planes = replace(SLICES, planes=("sagittal", "axial"))
+    both = PatchConfig(layers=(3, 1), blemished=3)
+    found = extract(cohort, backbone, tmp_path, slices=planes, patches=both).store.read(scan)
+    assert found.planes == ("sagittal",) * 6 + ("axial",) * 6
+    assert found.affine_ras.shape == (12, 4, 4)
+    assert found.patches is not None
+    assert found.means is not None
+    assert found.patches.blemished.shape == (6, 4, 4, 96)
+    assert sorted(found.patches.blemished_slice >= 6) == [False] * 3 + [True] * 3
+    alone = extract(cohort, backbone, tmp_path, slices=SLICES, patches=PatchConfig(layers=(1,))).store.read(scan)
+    assert alone.patches is not None
+    axial = choose_layers(found, (3, 1), (1,))
+    assert axial.patches is not None
+    close = {"rtol": 1e-2, "atol": 1e-2}  # other batches, half precision
+    np.testing.assert_allclose(axial.patches.tokens[6:], alone.patches.tokens, **close)
+    np.testing.assert_allclose(axial.means[6:], alone.means, **close)  # type: ignore[arg-type, index]
+    tissue = alone.patches.tissue[3]
+    np.testing.assert_allclose(alone.means[3], alone.patches.tokens[3][tissue].mean(axis=0), **close)  # type: ignore[index]
+    with pytest.raises(FeatureError, match=r"hold layers 3, 1; .* --patches.layers 2"):
+        choose_layers(found, (3, 1), (2,))
+
+
+def test_a_pca_is_fitted_once_on_training_scans_and_kept_with_the_features(
+    backbone: Backbone, cohort_folder: Path, tmp_path: Path
+) -> None:
+    cohort = read_cohort(cohort_folder / "cohort.csv").subset({"scan00", "scan01", "scan02"})
+    parted = replace(
+        cohort, scans=tuple(replace(s, split=w) for s, w in zip(cohort.scans, ("test", "Train", "train"), strict=True))
+    )
+    patches = PatchConfig(layers=(1, 3), blemished=3, pca=5)
+    store = extract(parted, backbone, tmp_path / "f", slices=SLICES, patches=patches).store
+    assert store.reduction is not None
+    assert store.reduction.scans == tuple(sha256(scan.path) for scan in cohort.scans[1:])
+    whole = replace(patches, pca=0)
+    unreduced = extract(cohort, backbone, tmp_path / "f", slices=SLICES, patches=whole).store
+    first, full = (s.read(cohort.scans[0].path).patches for s in (store, unreduced))
+    assert first is not None
+    assert full is not None
+    assert first.tokens.shape == (6, 4, 4, 10)
+    wanted = store.reduction(1, full.tokens[..., 48:].astype(np.float32))
+    np.testing.assert_allclose(first.tokens[..., 5:], wanted, rtol=2e-2, atol=2e-2)
+    basis = store.reduction.basis[0]
+    np.testing.assert_allclose(basis.T @ basis, np.eye(5), atol=1e-5)
+    others = read_cohort(cohort_folder / "cohort.csv").subset({"scan07"})
+    again = extract(others, backbone, tmp_path / "f", slices=SLICES, patches=patches).store
+    assert (again.folder, again.digest) == (store.folder, store.digest)  # later scans are projected alike
+    elsewhere = extract(others, backbone, tmp_path / "g", slices=SLICES, patches=patches).store
+    assert elsewhere.digest != store.digest
+    (store.folder / "pca.safetensors").unlink()
+    with pytest.raises(FeatureError, match=r"pca\.safetensors is missing"):
+        extract(cohort, backbone, tmp_path / "f", slices=SLICES, patches=patches)
+    with pytest.raises(ConfigError, match="patches.pca is 49; these tokens allow 48"):
+        extract(cohort, backbone, tmp_path / "f", slices=SLICES, patches=replace(patches, pca=49))
 
 
 @settings(max_examples=20)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from conftest import shared
 from dinoatten3d.config import EvaluationConfig, LossConfig, ModelConfig, Recipe, TrainingConfig, load_recipe
 from dinoatten3d.data.cohort import Scan
-from dinoatten3d.errors import CohortError
+from dinoatten3d.errors import CohortError, FeatureError
 from dinoatten3d.learning.bags import Bags
 from dinoatten3d.learning.fit import cross_validate, fit_fold
 from dinoatten3d.learning.losses import composite_loss, cross_entropy, supcon, within_class_variance
@@ -49,7 +49,7 @@ def bags(
         position_mm=np.tile(np.arange(slices, dtype=float), (len(labels), 1)),
         brain_ml=rng.normal(1400, 100, len(labels)),
         classes=tuple("ABCD"[:classes]),
-        plane="axial",
+        planes=("axial",) * slices,
         tokens=(None,) * len(labels),
     )
 
@@ -88,6 +88,24 @@ def test_the_published_forward_pass_is_reproduced() -> None:
         torch.testing.assert_close(mine[0, 0], golden[f"model_{theirs}"], atol=1e-5, rtol=1e-5)
     pooled = model.attention(bag[None], mask[None]).feature
     torch.testing.assert_close(pooled[0, 0], golden["model_pooled"], atol=1e-5, rtol=1e-5)
+
+
+def test_a_slice_may_be_its_patches_instead_of_its_cls_token() -> None:
+    plain = bags(signal=0)
+    deep = replace(plain, means=bags(signal=8, dim=14).features)
+    config = replace(QUICK, model=replace(QUICK.model, slice_features="mean"))
+    figures = {
+        kind: cross_validate(
+            deep, replace(config, model=replace(QUICK.model, slice_features=kind)), EvaluationConfig(folds=3)
+        )
+        for kind in ("cls", "mean", "cls+mean")
+    }
+    right = {k: (r.scored.probabilities.argmax(axis=1) == deep.labels.numpy()).mean() for k, r in figures.items()}
+    assert right["mean"] > 0.8 > right["cls"]
+    shapes = {k: r.fitted[0].model.tensors()["mean"].shape[-1] for k, r in figures.items()}
+    assert shapes == {"cls": 10, "mean": 14, "cls+mean": 24}
+    with pytest.raises(FeatureError, match="needs patch means"):
+        cross_validate(plain, config, EvaluationConfig(folds=3))
 
 
 def test_supcon_agrees_with_its_formula_written_out() -> None:

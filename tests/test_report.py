@@ -191,6 +191,7 @@ def make_thumbnails(run: Path, classes=("healthy", "lesion"), count=4) -> dict[s
         name: CaseSlices(
             scan_id=name,
             pixels=disc,
+            planes=("axial",) * count,
             position_mm=np.linspace(-12.0, 40, count),
             weights=np.linspace(0.2, 0.1, count),
         )
@@ -397,11 +398,11 @@ def test_unfinished_run_is_refused_and_leaves_no_report(tmp_path, name):
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("config.toml", "format_version = 3", "has format 3, this program reads 2"),
+        ("config.toml", "format_version = 99", "has format 99, this program reads 3"),
         ("config.toml", "format_version = ", "not a TOML"),
-        ("config.toml", "format_version = 2", r"no table \[run\]"),
-        ("metrics.json", '{"format_version": 3}', "has format 3, this program reads 2"),
-        ("metrics.json", '{"format_version": 2}', "no entry 'scans'"),
+        ("config.toml", "format_version = 3", r"no table \[run\]"),
+        ("metrics.json", '{"format_version": 99}', "has format 99, this program reads 3"),
+        ("metrics.json", '{"format_version": 3}', "no entry 'scans'"),
         ("metrics.json", "{", "not a JSON file"),
         ("environment.json", "[]", "wanted an object"),
         ("predictions.csv", "scan_id,label\na,healthy\n", "no column"),
@@ -453,6 +454,16 @@ def test_attention_profile_is_relative_to_uniform():
     assert set(uniform.get_ydata()) == {1}
 
 
+def test_attention_over_two_planes_is_relative_to_uniform_over_both():
+    rows = [
+        pd.DataFrame({"scan_id": "a", "label": "x", "plane": plane, "position_mm": np.arange(4.0), "weight": weight})
+        for plane, weight in (("axial", 0.2), ("coronal", 0.05))
+    ]
+    axial, coronal = attention_profile_figure(pd.concat(rows), ["x"]).axes
+    np.testing.assert_allclose(axial.lines[0].get_ydata(), 1.6)
+    np.testing.assert_allclose(coronal.lines[0].get_ydata(), 0.4)
+
+
 def test_calibration_bins_count_every_scan_once():
     rng = np.random.default_rng(0)
     positive = rng.random(90)
@@ -469,7 +480,7 @@ def test_slice_weights_figure_is_a_reproducible_png():
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 255, (5, 32, 32), dtype=np.uint8)
     weights = np.array([0.1, 0.2, 0.4, 0.2, 0.1])
-    args = (pixels, np.linspace(-20, 20, 5), weights)
+    args = (pixels, np.linspace(-20, 20, 5), weights, ["axial"] * 3 + ["coronal"] * 2)
     first = slice_weights_figure(*args, title="$scan_1$")
     assert first.startswith(b"\x89PNG")
     assert first == slice_weights_figure(*args, title="$scan_1$")
@@ -478,7 +489,7 @@ def test_slice_weights_figure_is_a_reproducible_png():
 
 def test_slice_weights_figure_refuses_what_does_not_match():
     with pytest.raises(ScanError, match="3 slices, 2 positions"):
-        slice_weights_figure(np.zeros((3, 8, 8), np.uint8), np.zeros(2), np.zeros(3), title="x")
+        slice_weights_figure(np.zeros((3, 8, 8), np.uint8), np.zeros(2), np.zeros(3), ["axial"] * 3, title="x")
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -24,7 +24,15 @@ from dinoatten3d.config import (
     SliceConfig,
     TrainingConfig,
 )
-from dinoatten3d.console import config_layers, fetch_backbone, predictions, print_verdict, progress_bars, say
+from dinoatten3d.console import (
+    config_layers,
+    fetch_backbone,
+    predictions,
+    print_verdict,
+    progress_bars,
+    say,
+    with_planes,
+)
 from dinoatten3d.errors import DinoAtten3DError
 from dinoatten3d.options import BackboneName, Classes, ConfigFile, Device, Ignore, Positions, RecipeName
 
@@ -94,6 +102,7 @@ def extract(
     out: Path = Path("features"),
     recipe: RecipeName = "default",
     config: ConfigFile = None,
+    planes: Annotated[str | None, Parameter(help="Planes with commas between them, for --slices.planes.")] = None,
     slices: SliceConfig | None = None,
     patches: PatchConfig | None = None,
     backbone: BackboneName = "auto",
@@ -116,7 +125,7 @@ def extract(
             table,
             model,
             out,
-            slices=slices or SliceConfig(),
+            slices=with_planes(slices or SliceConfig(), planes),
             patches=patches or PatchConfig(),
             progress=bar("extracting"),
         )
@@ -289,9 +298,11 @@ def explain(
         scans: NIfTI or DICOM, one or several.
         out: Folder for the explanations; by default `explain` inside the run.
     """
-    from dinoatten3d.steps import explain_scan
+    from dinoatten3d.steps import explain_scan, explanation_folder
 
     failed = 0
+    for scan in scans:
+        explanation_folder(scan, out or run / "explain")
     for prediction in predictions(run, scans, backbone, device):
         if isinstance(prediction, str):
             failed += 1

@@ -14,7 +14,7 @@ import tomllib
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 from dinoatten3d.errors import ConfigError
 
@@ -27,10 +27,10 @@ RECIPES = ("default", "paper", "published")
 class SliceConfig:
     """Which slices are taken from a volume, and how they become pixels."""
 
-    plane: Plane = "axial"
-    """Anatomical plane of the slices."""
+    planes: tuple[Plane, ...] = ("axial",)
+    """Anatomical planes of the slices, one or several."""
     count: int = 24
-    """Slices a scan, > 0."""
+    """Slices a plane, > 0."""
     centre: Literal["brain", "array"] = "brain"
     """Centre the slices on the brain's extent or on the array."""
     spacing_mm: float | Literal["native", "brain"] = "brain"
@@ -43,6 +43,11 @@ class SliceConfig:
     """Side of the square picture in pixels, a multiple of the backbone's patch."""
 
     def __post_init__(self) -> None:
+        known = get_args(Plane)
+        if isinstance(self.planes, str) or not self.planes or not set(self.planes) <= set(known):
+            raise ConfigError(f"slices.planes is {_shown(self.planes)}; wanted one or several of {', '.join(known)}")
+        if len(set(self.planes)) < len(self.planes):
+            raise ConfigError(f"slices.planes is {_shown(self.planes)}; name each plane once")
         _at_least("slices.count", self.count, 1)
         _at_least("slices.size_px", self.size_px, 14)
         if not isinstance(self.spacing_mm, str) and not 0 < self.spacing_mm < 100:
@@ -55,14 +60,19 @@ class SliceConfig:
 class PatchConfig:
     """Patch tokens that are kept beside the CLS token, for the deviation from healthy scans."""
 
-    layer: int = 9
-    """Layer whose patch tokens are kept; 0: none."""
+    layers: tuple[int, ...] = (9,)
+    """Layers whose patch tokens are kept, 1 being the first; empty: none. One pass serves them all."""
     blemished: int = 8
-    """Slices a scan that are embedded once more with a painted blemish, which teaches what 'abnormal' looks like."""
+    """Slices a plane that are embedded once more with a painted blemish, which teaches what 'abnormal' looks like."""
+    pca: int = 0
+    """Components that the tokens of each layer are reduced to (features/reduce.py), 0: none."""
 
     def __post_init__(self) -> None:
-        _at_least("patches.layer", self.layer, 0)
+        layers = self.layers
+        if not isinstance(layers, tuple) or len(set(layers)) < len(layers) or any(layer < 1 for layer in layers):
+            raise ConfigError(f"patches.layers is {_shown(layers)}; wanted different layers, each 1 or more, or none")
         _at_least("patches.blemished", self.blemished, 0)
+        _at_least("patches.pca", self.pca, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +81,10 @@ class ModelConfig:
 
     pooling: Literal["deviation", "attention"] = "deviation"
     """Attend by how a slice deviates from the first class (closed form), or with a trained scorer as in the paper."""
-
+    layers: tuple[int, ...] = ()
+    """Which of the kept layers are looked at (patches.layers of the features); empty: all of them."""
+    slice_features: Literal["cls", "mean", "cls+mean"] = "cls"
+    """What a slice is to the trained attention: its CLS token, the mean of its tissue patches, or both."""
     standardise: bool = True
     """Centre and scale each feature by the mean-pooled training scans: by how people differ, not by how slices do."""
     attention_width: int = 64
@@ -275,6 +288,10 @@ def suggest(word: str, known: tuple[str, ...] | list[str]) -> str:
     """Give `(did you mean 'x'?)` with a leading space where a known word is close, else nothing."""
     close = difflib.get_close_matches(word, known, n=1)
     return f" (did you mean '{close[0]}'?)" if close else ""
+
+
+def _shown(values: Any) -> str:
+    return ", ".join(map(str, values)) if isinstance(values, tuple) and values else repr(values)
 
 
 def _at_least(name: str, value: int, least: int) -> None:

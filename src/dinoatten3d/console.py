@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from math import isnan
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cyclopts.config import Dict
 from rich.console import Console
@@ -15,7 +16,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from dinoatten3d.config import load_recipe, read_toml, recipe_table
+from dinoatten3d.config import SliceConfig, load_recipe, read_toml, recipe_table
 from dinoatten3d.errors import ScanError
 
 if TYPE_CHECKING:
@@ -50,6 +51,14 @@ def config_layers(arguments: list[str]) -> list[Dict]:
         own = {key: tables[key] for key in RECIPE_TABLES[command] if key in tables}
         layers.append(Dict(own, use_commands_as_keys=False, source=f"recipe {recipe}"))
     return layers
+
+
+def with_planes(slices: SliceConfig, planes: str | None) -> SliceConfig:
+    """Put `--planes axial,coronal` in the place of the slices' planes, where it was given."""
+    if planes is None:
+        return slices
+    names: Any = tuple(name.strip() for name in planes.split(","))  # SliceConfig refuses what is no plane
+    return replace(slices, planes=names)
 
 
 def _option(arguments: list[str], name: str) -> str | None:

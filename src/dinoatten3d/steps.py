@@ -75,7 +75,7 @@ def train_run(
     """
     if out.exists():
         raise RunError(f"{out} exists; choose another --out or remove it (a run is never overwritten)")
-    bags = load_bags(cohort, store)
+    bags = load_bags(cohort, store, layers=recipe.model.layers)
     shuffles = evaluation.shuffles
     result = cross_validate(
         bags, recipe, evaluation, progress=lambda done, total: progress(done, total * (shuffles + 1))
@@ -152,7 +152,7 @@ def evaluate_run(run: Run, cohort: Cohort, store: FeatureStore, out: Path) -> Ru
         raise RunError(f"{out} exists; choose another --out or remove it (a run is never overwritten)")
     refuse_other_features(run, store)
     refuse_seen(run, cohort)
-    bags = load_bags(replace(cohort, classes=run.classes), store)
+    bags = load_bags(replace(cohort, classes=run.classes), store, layers=run.recipe.model.layers)
     answers = external_answers(run, bags)
     result = as_one_fold(answers)
     controls = {
@@ -260,11 +260,21 @@ def find_anomalies(
     return [*sentences, "For research, not for diagnosis."]
 
 
-def explain_scan(prediction: Prediction, out: Path) -> Path:
-    """Explain a scan in the folder `out/<scan>`: two maps, a table, a figure and the answer."""
-    target = out / stem(prediction.scan)
+def explanation_folder(scan: Path, out: Path) -> Path:
+    """Give the folder that the explanation of a scan will be.
+
+    Raises:
+        RunError: It exists.
+    """
+    target = out / stem(scan)
     if target.exists():
         raise RunError(f"{target} exists; choose another --out or remove it")
+    return target
+
+
+def explain_scan(prediction: Prediction, out: Path) -> Path:
+    """Explain a scan in the folder `out/<scan>`: two maps, a table, a figure and the answer."""
+    target = explanation_folder(prediction.scan, out)
     with whole_folder(target) as folder:
         explain(prediction).to_csv(folder / "weights.csv", index=False)
         slice_weight_map(prediction).to_filename(folder / "weights.nii.gz")
@@ -276,6 +286,7 @@ def explain_scan(prediction: Prediction, out: Path) -> Path:
             prediction.slices.pixels,
             prediction.slices.position_mm,
             prediction.slice_weights,
+            prediction.slices.planes,
             title=f"{stem(prediction.scan)}: {chance}",
         )
         (folder / "slices.png").write_bytes(picture)
@@ -318,6 +329,7 @@ def _case_pictures(run: Run) -> dict[str, CaseSlices]:
             scan_id=scan_id,
             pixels=slices.pixels[heaviest],
             position_mm=slices.position_mm[heaviest],
+            planes=tuple(slices.planes[i] for i in heaviest),
             weights=weights["weight"].to_numpy()[heaviest],
         )
     return pictures

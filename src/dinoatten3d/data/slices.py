@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,22 +25,37 @@ MOST_INVENTED = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Slices:
-    """Pictures of one scan.
+    """Pictures of one scan, plane after plane.
 
     Attributes:
         pixels: 8-bit grey, `[slices, rows, columns]`. Anterior (axial) or superior (coronal, sagittal) is up and
             the patient's left is left, except for the published pixels, which keep the array's own axes.
-        position_mm: RAS+ coordinate of each slice's centre along the plane's normal, `[slices]`, increasing.
-        plane: The anatomical plane.
-        affine_ras: (row, column, slice) to RAS+ mm, `[4, 4]`.
+        position_mm: RAS+ coordinate of each slice's centre along its plane's normal, `[slices]`, increasing in a plane.
+        planes: Anatomical plane of each slice, `[slices]`.
+        affine_ras: For each slice (row, column, slices further on in its plane) to RAS+ mm, `[slices, 4, 4]`.
         brain_ml: Volume of the brain (of the head, where the skull could not be told from it).
     """
 
     pixels: NDArray[np.uint8]
     position_mm: NDArray[np.float64]
-    plane: Plane
+    planes: tuple[Plane, ...]
     affine_ras: NDArray[np.float64]
     brain_ml: float
+
+
+def planes_of(config: SliceConfig) -> tuple[Plane, ...]:
+    """Give the plane of each slice that this configuration takes."""
+    return tuple(plane for plane in config.planes for _ in range(config.count))
+
+
+def stacks(planes: Sequence[Plane]) -> dict[Plane, slice]:
+    """Give where the slices of each plane stand: slices are neighbours within a plane only."""
+    found: dict[Plane, slice] = {}
+    start = 0
+    for plane, run in groupby(planes):
+        found[plane] = slice(start, start + len(list(run)))
+        start = found[plane].stop
+    return found
 
 
 def take_slices(volume: Volume, config: SliceConfig) -> Slices:
@@ -45,47 +63,60 @@ def take_slices(volume: Volume, config: SliceConfig) -> Slices:
 
     Args:
         volume: RAS+ volume.
-        config: Plane, count, spacing, grey window and fit.
+        config: Planes, count, spacing, grey window and fit.
 
     Returns:
-        `config.count` slices in increasing position.
+        `config.count` slices in increasing position for each plane, in the order of `config.planes`.
 
     Raises:
         ScanError: The volume has too few slices for the count and spacing that were asked for.
     """
-    axis = AXIS[config.plane]
     box = brain_box(volume)
-    index = _slice_index(volume, box, config, axis)
-    planes = _interpolate(volume.data, index, axis)
-    grey = _to_8_bit(planes, volume, box, config)
+    cuts = [_cut(volume, box, config, plane) for plane in config.planes]
+    pixels, position_mm, affine_ras = (np.concatenate(parts) for parts in zip(*cuts, strict=True))
+    return Slices(
+        pixels=pixels,
+        position_mm=position_mm,
+        planes=planes_of(config),
+        affine_ras=affine_ras,
+        brain_ml=box.brain_ml,
+    )
+
+
+class _Cut(NamedTuple):
+    """The slices of one plane: pixels, position_mm and affine_ras as `Slices` has them."""
+
+    pixels: NDArray[np.uint8]
+    position_mm: NDArray[np.float64]
+    affine_ras: NDArray[np.float64]
+
+
+def _cut(volume: Volume, box: BrainBox, config: SliceConfig, plane: Plane) -> _Cut:
+    axis = AXIS[plane]
+    index = _slice_index(volume, box, config, plane)
+    grey = _to_8_bit(_interpolate(volume.data, index, axis), volume, box, config)
     rows, columns = [a for a in range(3) if a != axis][::-1]
     if config.fit == "published":
         pixels, row_voxel, column_voxel = _published_fit(grey, config.size_px)
         rows, columns = columns, rows
     else:
         pixels, row_voxel, column_voxel = _square_fit(grey, volume, box, config, rows, columns)
-    to_voxel = np.zeros((4, 4))
-    to_voxel[rows, [0, 3]] = row_voxel
-    to_voxel[columns, [1, 3]] = column_voxel
-    step = index[1] - index[0] if len(index) > 1 else 1.0
-    to_voxel[axis, [2, 3]] = step, index[0]
-    to_voxel[3, 3] = 1
+    to_voxel = np.zeros((len(index), 4, 4))
+    to_voxel[:, rows, [0, 3]] = row_voxel
+    to_voxel[:, columns, [1, 3]] = column_voxel
+    to_voxel[:, axis, 2] = index[1] - index[0] if len(index) > 1 else 1.0
+    to_voxel[:, axis, 3] = index
+    to_voxel[:, 3, 3] = 1
     affine = volume.affine_ras @ to_voxel
     middle = (config.size_px - 1) / 2
-    centres = np.stack([np.full(len(index), middle)] * 2 + [np.arange(len(index)), np.ones(len(index))])
-    return Slices(
-        pixels=pixels,
-        position_mm=(affine @ centres)[axis],
-        plane=config.plane,
-        affine_ras=affine,
-        brain_ml=box.brain_ml,
-    )
+    return _Cut(pixels, (affine @ [middle, middle, 0, 1])[:, axis], affine)
 
 
-def _slice_index(volume: Volume, box: BrainBox, config: SliceConfig, axis: int) -> NDArray[np.float64]:
-    """Give the (fractional) index along `axis` of each slice."""
+def _slice_index(volume: Volume, box: BrainBox, config: SliceConfig, plane: Plane) -> NDArray[np.float64]:
+    """Give the (fractional) array index of each slice along the plane's normal."""
+    axis = AXIS[plane]
     length = volume.data.shape[axis]
-    have = f"the scan has {length} {config.plane} slices of {volume.spacing_mm[axis]:.3g} mm"
+    have = f"the scan has {length} {plane} slices of {volume.spacing_mm[axis]:.3g} mm"
     low, high = (0.0, length - 1.0) if config.centre == "array" else (float(box.low[axis]), box.high[axis] - 1.0)
     if config.spacing_mm == "brain":
         low, high = float(box.low[axis]), box.high[axis] - 1.0

@@ -113,7 +113,7 @@ def _grid_findings(headers: Sequence[tuple[Scan, Header]]) -> list[Finding | Non
             "warning",
             seen=f"{count(len(thick), 'scan')} with slices thicker than {THICK_MM:g} mm: {listed(thick)}.",
             means="Between such slices much is interpolated, and small lesions are lost.",
-            advice="Take slices in the plane in which they were scanned (--slices.plane), or leave them out.",
+            advice="Take slices in the plane in which they were scanned (--slices.planes), or leave them out.",
         ),
     ]
 

@@ -6,22 +6,25 @@ import csv
 import io
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dinoatten3d.config import PatchConfig, SliceConfig
 from dinoatten3d.data.cohort import Cohort, Scan
-from dinoatten3d.data.slices import Slices, take_slices
+from dinoatten3d.data.slices import Slices, stacks, take_slices
 from dinoatten3d.data.volume import load_volume
 from dinoatten3d.errors import ScanError
 from dinoatten3d.features.backbone import Backbone
-from dinoatten3d.features.blemish import blemish, patch_mean, tissue_mask
-from dinoatten3d.features.store import Features, FeatureStore, PatchTokens, create_store
-from dinoatten3d.files import write_text
+from dinoatten3d.features.blemish import Blemished, blemish, patch_mean, tissue_mask
+from dinoatten3d.features.reduce import MOST_SCANS, Reduction, fit_reduction, sample_patches, write_reduction
+from dinoatten3d.features.store import REDUCTION, Features, FeatureStore, PatchTokens, create_store, open_store
+from dinoatten3d.files import sha256, write_text
 
 Progress = Callable[[int, int], None]
+TRAINING_SPLITS = ("train", "training")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +63,9 @@ def extract(
         The feature folder and what was done.
     """
     store = create_store(out, slices, backbone.identity, patches)
+    if patches.pca and store.reduction is None:
+        write_reduction(store.folder / REDUCTION, _fit_reduction(cohort, backbone, store))
+        store = open_store(store.folder)
     embedded, found = 0, 0
     failed: dict[str, str] = {}
     notes: dict[str, tuple[str, ...]] = {}
@@ -78,7 +84,7 @@ def extract(
                     found += 1
                 else:
                     seed = int(target.stem[:8], 16)  # by content: the same scan has the same blemishes everywhere
-                    store.write(target, embed_slices(pictures, backbone, patches, seed=seed))
+                    store.write(target, embed_slices(pictures, backbone, patches, seed=seed, reduction=store.reduction))
                     embedded += 1
                 if scan_notes:
                     notes[scan.id] = scan_notes
@@ -89,38 +95,95 @@ def extract(
     return Extraction(store=store, embedded=embedded, found=found, failed=failed, notes=notes)
 
 
-def embed_slices(slices: Slices, backbone: Backbone, patches: PatchConfig, *, seed: int | None = None) -> Features:
+def embed_slices(
+    slices: Slices,
+    backbone: Backbone,
+    patches: PatchConfig,
+    *,
+    seed: int | None = None,
+    reduction: Reduction | None = None,
+) -> Features:
     """Embed the pictures of one scan; without a seed no blemish is painted."""
-    tokens = backbone.embed(slices.pixels, layers=(patches.layer,) if patches.layer else ())
-    kept = None
-    if patches.layer:
-        mm_per_px = float(np.linalg.norm(slices.affine_ras[:3, 0]))
-        rng = np.random.default_rng(seed)
-        spoiled = blemish(slices.pixels, mm_per_px, patches.blemished if seed is not None else 0, rng)
-        tissue = tissue_mask(slices.pixels).astype(np.float32)
-        shape = (0, *tokens.patches[patches.layer].shape[1:])
-        patch_px = slices.pixels.shape[1] // shape[1]
-        again = (
-            backbone.embed(spoiled.pixels, layers=(patches.layer,)).patches[patches.layer]
-            if len(spoiled.index)
-            else None
-        )
+    seen = backbone.embed(slices.pixels, layers=patches.layers)
+    means = kept = None
+    if patches.layers:
+        patch_px = slices.pixels.shape[1] // seen.patches[patches.layers[0]].shape[1]
+        tissue = _tissue_patches(slices, patch_px)
+        means = np.concatenate([_tissue_mean(seen.patches[layer], tissue) for layer in patches.layers], axis=-1)
+        spoiled = _blemished(slices, patches.blemished if seed is not None else 0, np.random.default_rng(seed))
+        again = {layer: grid[:0] for layer, grid in seen.patches.items()}
+        if len(spoiled.index):
+            again = backbone.embed(spoiled.pixels, layers=patches.layers).patches
         kept = PatchTokens(
-            tokens=tokens.patches[patches.layer].astype(np.float16),
-            tissue=patch_mean(tissue, patch_px) > 0.5,
-            blemished=np.zeros(shape, np.float16) if again is None else again.astype(np.float16),
+            tokens=_joined(seen.patches, patches, reduction),
+            tissue=tissue,
+            blemished=_joined(again, patches, reduction),
             blemished_slice=spoiled.index,
             blemished_weight=patch_mean(spoiled.weight, patch_px),
             blemished_factor=spoiled.factor,
         )
     return Features(
-        cls=tokens.cls,
+        cls=seen.cls,
+        means=means,
         position_mm=slices.position_mm,
         affine_ras=slices.affine_ras,
-        plane=slices.plane,
+        planes=slices.planes,
         brain_ml=slices.brain_ml,
         patches=kept,
     )
+
+
+def _tissue_patches(slices: Slices, patch_px: int) -> NDArray[np.bool_]:
+    return patch_mean(tissue_mask(slices.pixels).astype(np.float32), patch_px) > 0.5
+
+
+def _tissue_mean(grid: NDArray[np.float32], tissue: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """Average the tissue patches of each slice (all of them where it has none), `[slices, dim]`."""
+    counted = tissue | ~tissue.any(axis=(1, 2), keepdims=True)
+    total = np.einsum("srcd,src->sd", grid, counted.astype(np.float32))
+    return np.asarray(total / counted.sum(axis=(1, 2))[:, None], dtype=np.float32)
+
+
+def _blemished(slices: Slices, count: int, rng: np.random.Generator) -> Blemished:
+    """Paint blobs into `count` slices of each plane."""
+    parts = []
+    for stack in stacks(slices.planes).values():
+        mm_per_px = float(np.linalg.norm(slices.affine_ras[stack.start, :3, 0]))
+        found = blemish(slices.pixels[stack], mm_per_px, count, rng)
+        parts.append(replace(found, index=found.index + stack.start))
+    names = ("index", "pixels", "weight", "factor")
+    return Blemished(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
+
+
+def _joined(
+    grids: dict[int, NDArray[np.float32]], patches: PatchConfig, reduction: Reduction | None
+) -> NDArray[np.float16]:
+    """Put the (reduced) tokens of the layers side by side, `[slices, rows, columns, layers * dim]`."""
+    layers = [grids[layer] for layer in patches.layers]
+    reduced = layers if reduction is None else [reduction(number, grid) for number, grid in enumerate(layers)]
+    return np.concatenate(reduced, axis=-1).astype(np.float16)
+
+
+def _fit_reduction(cohort: Cohort, backbone: Backbone, store: FeatureStore) -> Reduction:
+    """Fit on scans that the `split` column gives to training, where there is one, else on the first of the cohort."""
+    training = [scan for scan in cohort.scans if (scan.split or "").lower() in TRAINING_SPLITS] or cohort.scans
+    samples, names = [], []
+    for scan in training:
+        try:
+            slices = take_slices(load_volume(scan.path), store.slices)
+            name = sha256(scan.path)
+        except (ScanError, OSError):  # extraction goes over all scans again and says so
+            continue
+        grids = backbone.embed(slices.pixels, layers=store.patches.layers).patches
+        rng = np.random.default_rng(int(name[:8], 16))
+        patch_px = slices.pixels.shape[1] // grids[store.patches.layers[0]].shape[1]
+        samples.append(sample_patches(grids, _tissue_patches(slices, patch_px), rng))
+        names.append(name)
+        if len(names) == MOST_SCANS:
+            break
+    if not names:
+        raise ScanError(f"none of {len(training)} scans can be read, so no PCA can be fitted; use --patches.pca 0")
+    return fit_reduction(samples, tuple(names), store.patches.pca)
 
 
 def _prepare(scan: Scan, store: FeatureStore) -> tuple[Path, Slices | None, tuple[str, ...]]:

@@ -12,25 +12,29 @@ import numpy as np
 import tomli_w
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
+from safetensors.numpy import save
+from safetensors.torch import load_file
 
 from dinoatten3d.config import PatchConfig, Plane, SliceConfig, digest, from_dict, to_dict
+from dinoatten3d.data.slices import planes_of
 from dinoatten3d.errors import FeatureError
+from dinoatten3d.features.reduce import Reduction, read_reduction
 from dinoatten3d.files import sha256, write_bytes, write_text
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 NO_PART = ("title", "source", "reference")
 """What is told of a backbone and has no part in its features."""
+REDUCTION = "pca.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
 class PatchTokens:
-    """One middle layer's view of a scan, as it is and with blemishes painted in (features/blemish.py).
+    """The middle layers' view of a scan, as it is and with blemishes painted in (features/blemish.py).
 
     Attributes:
-        tokens: float16 `[slices, rows, columns, dim]`.
+        tokens: Of all kept layers side by side, float16 `[slices, rows, columns, layers * dim]`.
         tissue: Patches that are mostly tissue, `[slices, rows, columns]`.
-        blemished: Tokens of the blemished slices, float16 `[k, rows, columns, dim]`.
+        blemished: Tokens of the blemished slices, float16 `[k, rows, columns, layers * dim]`.
         blemished_slice: Which slices those are, `[k]`.
         blemished_weight: How far each patch is inside the blemish, 0 to 1, `[k, rows, columns]`.
         blemished_factor: What the blemish multiplies the intensity by, `[k]`.
@@ -43,6 +47,18 @@ class PatchTokens:
     blemished_weight: NDArray[np.float32]
     blemished_factor: NDArray[np.float64]
 
+    def stack(self, slices: slice) -> PatchTokens:
+        """Keep a run of slices, such as those of one plane."""
+        inside = (self.blemished_slice >= slices.start) & (self.blemished_slice < slices.stop)
+        return PatchTokens(
+            tokens=self.tokens[slices],
+            tissue=self.tissue[slices],
+            blemished=self.blemished[inside],
+            blemished_slice=self.blemished_slice[inside] - slices.start,
+            blemished_weight=self.blemished_weight[inside],
+            blemished_factor=self.blemished_factor[inside],
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Features:
@@ -50,18 +66,20 @@ class Features:
 
     Attributes:
         cls: CLS token of each slice, float32 `[slices, dim]`.
-        patches: Patch tokens of one layer, where they were asked for.
-        position_mm: Place of each slice along the plane's normal, `[slices]`.
-        affine_ras: (row, column, slice) of the pictures to RAS+ mm, `[4, 4]`.
-        plane: Anatomical plane.
+        means: Mean tissue patch of each slice, the kept layers side by side, float32 `[slices, layers * dim]`.
+        patches: Patch tokens of the kept layers, where there are any.
+        position_mm: Place of each slice along its plane's normal, `[slices]`.
+        affine_ras: (row, column, slices further on) of each slice to RAS+ mm, `[slices, 4, 4]`.
+        planes: Anatomical plane of each slice, `[slices]`.
         brain_ml: Brain volume.
     """
 
     cls: NDArray[np.float32]
     position_mm: NDArray[np.float64]
     affine_ras: NDArray[np.float64]
-    plane: Plane
+    planes: tuple[Plane, ...]
     brain_ml: float
+    means: NDArray[np.float32] | None = None
     patches: PatchTokens | None = None
 
 
@@ -74,13 +92,14 @@ class FeatureStore:
     backbone: Mapping[str, str]
     digest: str
     patches: PatchConfig
+    reduction: Reduction | None = None
 
     def path(self, scan: Path) -> Path:
         """Give the file that holds (or will hold) a scan's features; reads the scan to know its content."""
         return self.folder / "scans" / f"{sha256(scan)[:24]}.safetensors"
 
     def read(self, scan: Path) -> Features:
-        """Read a scan's features.
+        """Read a scan's features; they stay on the disk until they are looked at (memory-mapped).
 
         Raises:
             FeatureError: They were not extracted, or the file is damaged.
@@ -91,17 +110,18 @@ class FeatureStore:
                 f"{self.folder} has no features of {scan} as it is now; run `dinoatten3d extract` again (it only adds)"
             )
         try:
-            arrays = load_file(path)
+            arrays = {name: tensor.numpy() for name, tensor in load_file(path).items()}
         except (SafetensorError, OSError) as error:
             raise FeatureError(f"{path} is damaged ({error}); delete it and run `dinoatten3d extract` again") from None
         return Features(
             cls=arrays["cls"],
             position_mm=arrays["position_mm"],
             affine_ras=arrays["affine_ras"],
-            plane=self.slices.plane,
+            planes=planes_of(self.slices),
             brain_ml=float(arrays["brain_ml"][0]),
+            means=arrays.get("means"),
             patches=PatchTokens(**{f.name: arrays[f"patches.{f.name}"] for f in fields(PatchTokens)})
-            if self.patches.layer
+            if self.patches.layers
             else None,
         )
 
@@ -113,7 +133,8 @@ class FeatureStore:
             "affine_ras": features.affine_ras,
             "brain_ml": np.array([features.brain_ml]),
         }
-        if features.patches is not None:
+        if features.means is not None and features.patches is not None:
+            arrays["means"] = features.means
             arrays |= {f"patches.{name}": array for name, array in vars(features.patches).items()}
         content = save({k: np.ascontiguousarray(v) for k, v in arrays.items()}, {"made_by": self.digest})
         write_bytes(path, content)
@@ -126,13 +147,13 @@ def create_store(root: Path, slices: SliceConfig, backbone: Mapping[str, str], p
         "slices": to_dict(slices),
         "backbone": {key: value for key, value in backbone.items() if key not in NO_PART},
     }
-    if patches.layer:
+    if patches.layers:
         made_from["patches"] = to_dict(patches)
     name = digest(made_from)
     folder = root / f"{backbone['name']}-{name}"
     if not (folder / "recipe.toml").exists():
         write_text(folder / "recipe.toml", tomli_w.dumps({"digest": name, **made_from, "backbone": dict(backbone)}))
-    return FeatureStore(folder=folder, slices=slices, backbone=dict(backbone), digest=name, patches=patches)
+    return open_store(folder)
 
 
 def open_store(folder: Path) -> FeatureStore:
@@ -154,10 +175,15 @@ def open_store(folder: Path) -> FeatureStore:
         raise FeatureError(
             f"{folder} has format {made.get('format_version')}, this program reads {FORMAT_VERSION}; extract again"
         )
+    patches = from_dict(PatchConfig, made.get("patches", {"layers": []}), str(path))
+    reduced = folder / REDUCTION
+    fitted = bool(patches.pca) and (reduced.exists() or (folder / "scans").exists())
+    reduction = read_reduction(reduced) if fitted else None
     return FeatureStore(
         folder=folder,
         slices=from_dict(SliceConfig, made["slices"], str(path)),
         backbone=made["backbone"],
-        digest=made["digest"],
-        patches=from_dict(PatchConfig, made.get("patches", {"layer": 0}), str(path)),
+        digest=digest(made["digest"], sha256(reduced)) if fitted else made["digest"],
+        patches=patches,
+        reduction=reduction,
     )

@@ -66,7 +66,7 @@ def score_anomalies(
             [scans[i] for i in train],
             bags.subjects[train],
             np.ones(len(train), bool),
-            mirror=bags.columns_run_left_to_right,
+            planes=bags.planes,
             seed=seed * 1000 + fold,
         )
         for i in held_out:
@@ -83,6 +83,7 @@ def score_anomalies(
             "label": [scan.label or "" for scan in bags.scans],
             "score": score,
             "percentile": percentile_among(score, reference),
+            "heaviest_slice_plane": np.array(bags.planes)[heaviest],
             "heaviest_slice_mm": bags.position_mm[np.arange(len(bags)), heaviest],
         }
     )

@@ -8,6 +8,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from dinoatten3d.data.slices import stacks
 from dinoatten3d.inference.predict import Prediction
 
 
@@ -20,7 +21,7 @@ def explain(prediction: Prediction) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "slice": np.arange(len(weights)),
-            "plane": prediction.slices.plane,
+            "plane": prediction.slices.planes,
             "position_mm": prediction.slices.position_mm,
             "weight": weights,
             "over_uniform": weights * len(weights),
@@ -33,31 +34,38 @@ def slice_weight_map(prediction: Prediction) -> nib.Nifti1Image:
     """Lay the slice weights over the scan, in the file's own grid.
 
     Each voxel holds the weight, in units of uniform attention (1: as much as any slice), of the slice that it lies
-    in; 0 beyond the slices. Nothing is resampled: the image has the scan's shape and affine.
+    in, 0 beyond the slices; with several planes the mean of the slices that cross there. Nothing is resampled: the
+    image has the scan's shape and affine.
     """
-    volume = prediction.volume
-    to_slice = np.linalg.inv(prediction.slices.affine_ras) @ volume.source_affine
-    return nib.Nifti1Image(
-        _by_slice(prediction.slice_weights * len(prediction.slice_weights), to_slice, volume.source_shape),
-        volume.source_affine,
-    )
+    volume, slices = prediction.volume, prediction.slices
+    relative = prediction.slice_weights * len(prediction.slice_weights)
+    laid = [
+        _by_slice(
+            relative[run], np.linalg.inv(slices.affine_ras[run.start]) @ volume.source_affine, volume.source_shape
+        )
+        for run in stacks(slices.planes).values()
+    ]
+    return nib.Nifti1Image(np.mean(laid, axis=0, dtype=np.float32), volume.source_affine)
 
 
 def deviation_map(prediction: Prediction) -> nib.Nifti1Image | None:
     """Lay the patch map over the scan, in the file's own grid, read linearly between patch centres; 0 beyond them.
 
-    A patch of 224 px slices is about 11 mm wide: the map shows where to look, not an outline.
+    With several planes a voxel holds their mean: what deviates from every side stands out. A patch of 224 px slices
+    is about 11 mm wide: the map shows where to look, not an outline.
     """
     if prediction.patch_map is None:
         return None
     volume, slices = prediction.volume, prediction.slices
     patch_px = slices.pixels.shape[1] / prediction.patch_map.shape[1]
-    to_picture = np.linalg.inv(slices.affine_ras) @ volume.source_affine  # voxel to (row, column, slice)
-    to_patch = np.diag([1 / patch_px, 1 / patch_px, 1, 1]) @ to_picture
-    to_patch[:2, 3] += 0.5 / patch_px - 0.5  # from pixel centres to patch centres
-    by_row = np.moveaxis(prediction.patch_map, 0, 2)  # [rows, columns, slices]
-    laid = ndimage.affine_transform(by_row, to_patch[:3, :3], to_patch[:3, 3], volume.source_shape, order=1)
-    return nib.Nifti1Image(np.asarray(laid, dtype=np.float32), volume.source_affine)
+    laid = []
+    for run in stacks(slices.planes).values():
+        to_picture = np.linalg.inv(slices.affine_ras[run.start]) @ volume.source_affine  # voxel to (row, column, slice)
+        to_patch = np.diag([1 / patch_px, 1 / patch_px, 1, 1]) @ to_picture
+        to_patch[:2, 3] += 0.5 / patch_px - 0.5  # from pixel centres to patch centres
+        by_row = np.moveaxis(prediction.patch_map[run], 0, 2)  # [rows, columns, slices]
+        laid.append(ndimage.affine_transform(by_row, to_patch[:3, :3], to_patch[:3, 3], volume.source_shape, order=1))
+    return nib.Nifti1Image(np.mean(laid, axis=0, dtype=np.float32), volume.source_affine)
 
 
 def _by_slice(

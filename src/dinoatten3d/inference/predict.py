@@ -18,7 +18,7 @@ from dinoatten3d.evaluation.decisions import Decisions, decide, read_calibration
 from dinoatten3d.features.backbone import Backbone
 from dinoatten3d.features.extract import embed_slices
 from dinoatten3d.files import sha256
-from dinoatten3d.learning.bags import one_bag
+from dinoatten3d.learning.bags import choose_layers, one_bag
 from dinoatten3d.learning.run import Run
 
 
@@ -74,12 +74,13 @@ class Prediction:
             "heaviest_slices": [
                 {
                     "slice": int(i),
+                    "plane": self.slices.planes[i],
                     "position_mm": float(self.slices.position_mm[i]),
                     "weight": float(self.slice_weights[i]),
                 }
                 for i in heaviest
             ],
-            "plane": self.slices.plane,
+            "planes": list(dict.fromkeys(self.slices.planes)),
             "brain_ml": self.slices.brain_ml,
             "notes": list(self.notes),
             **self._decided(),
@@ -129,7 +130,8 @@ def predict(run: Run, scan: Path, backbone: Backbone) -> Prediction:
             )
     volume = load_volume(scan)
     slices = take_slices(volume, from_dict(SliceConfig, run.config["features"]["slices"], "config.toml"))
-    features = embed_slices(slices, backbone, run.recipe.patches)
+    features = embed_slices(slices, backbone, run.recipe.patches, reduction=run.reduction())
+    features = choose_layers(features, run.recipe.patches.layers, run.recipe.model.layers)
     notes = list(volume.notes)
     models, calibrations = run.models(), read_calibrations(run)
     held_out_in = _folds_of(run, scan)
@@ -144,12 +146,11 @@ def predict(run: Run, scan: Path, backbone: Backbone) -> Prediction:
     by_fold, weights, maps = [], [], []
     notes += sorted({note for model in models for note in model.notes()})
     for model in models:
-        probabilities, slice_weights = model.score(bag)
-        by_fold.append(probabilities[0])
-        weights.append(slice_weights[0])
-        patch_maps = model.patch_maps(bag)
-        if patch_maps is not None:
-            maps.append(patch_maps[0])
+        seen = model.look(bag)
+        by_fold.append(seen.probabilities[0])
+        weights.append(seen.weights[0])
+        if seen.patch_maps is not None:
+            maps.append(seen.patch_maps[0])
     return Prediction(
         scan=scan,
         classes=run.classes,

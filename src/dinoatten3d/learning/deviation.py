@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +20,8 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
 
+from dinoatten3d.config import Plane
+from dinoatten3d.data.slices import stacks
 from dinoatten3d.errors import CohortError
 from dinoatten3d.features.store import PatchTokens
 
@@ -41,8 +44,8 @@ class _Moments(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Deviation:
-    """What one fold's reference scans taught.
+class PlaneDeviation:
+    """What one fold's reference scans taught about the slices of one plane.
 
     Attributes:
         place: Mean token at each place, `[slices, rows, columns, dim]`.
@@ -60,14 +63,27 @@ class Deviation:
     deviation: Map
 
     def map(self, scan: PatchTokens) -> Map:
-        """Score each patch of a new scan in standard deviations of reference scans, `[slices, rows, columns, 2]`."""
+        """Score each patch of a new scan's slices in this plane, `[slices, rows, columns, 2]`."""
         mirror = len(self.weight) > self.place.shape[-1]
         raw = _blurred(_discriminate(_residual(scan.tokens, self.place, mirror), self.weight, self.bias))
         return np.asarray((raw - self.mean) / self.deviation, dtype=np.float32)
 
+
+@dataclass(frozen=True, kw_only=True)
+class Deviation:
+    """The planes of a scan, one after the other; nothing is compared, smoothed or standardised across them."""
+
+    by_plane: tuple[PlaneDeviation, ...]
+
+    def map(self, scan: PatchTokens) -> Map:
+        """Score each patch of a new scan in standard deviations of reference scans, `[slices, rows, columns, 2]`."""
+        starts = np.cumsum([0, *(len(plane.place) for plane in self.by_plane)])
+        runs = [slice(int(a), int(b)) for a, b in pairwise(starts)]
+        return np.concatenate([p.map(scan.stack(run)) for p, run in zip(self.by_plane, runs, strict=True)])
+
     def patch_map(self, scan: PatchTokens) -> Map:
         """Give the larger of darker and brighter at each patch, 0 outside tissue, `[slices, rows, columns]`."""
-        return np.where(scan.tissue, self.map(scan).max(axis=-1), np.float32(0))
+        return larger_in_tissue(self.map(scan), scan.tissue)
 
 
 class CrossFitted(NamedTuple):
@@ -78,20 +94,38 @@ class CrossFitted(NamedTuple):
 
 
 def fit_deviation(
-    scans: Sequence[PatchTokens], subjects: NDArray[Any], reference: NDArray[np.bool_], *, mirror: bool, seed: int
+    scans: Sequence[PatchTokens],
+    subjects: NDArray[Any],
+    reference: NDArray[np.bool_],
+    *,
+    planes: Sequence[Plane],
+    seed: int,
 ) -> CrossFitted:
-    """Learn from the reference scans among the training scans of one fold.
+    """Learn from the reference scans among the training scans of one fold, plane by plane.
 
     Args:
         scans: Patch tokens of the training scans.
         subjects: Their subjects, `[scans]`.
         reference: Which of them are the reference (healthy) ones, `[scans]`.
-        mirror: Also compare with the mirror image; for planes whose columns run from left to right.
+        planes: Plane of each slice, `[slices]`; in those whose columns run from left to right a patch is also compared
+            with its mirror image, the other hemisphere.
         seed: Decides which patches are used and how the reference subjects are parted.
 
     Raises:
         CohortError: Too few reference subjects, or features without blemished slices.
     """
+    fitted = [
+        _fit_plane([scan.stack(run) for scan in scans], subjects, reference, mirror=plane != "sagittal", seed=seed)
+        for plane, run in stacks(planes).items()
+    ]
+    maps = np.concatenate([maps for _, maps in fitted], axis=1)
+    return CrossFitted(Deviation(by_plane=tuple(plane for plane, _ in fitted)), maps)
+
+
+def _fit_plane(
+    scans: Sequence[PatchTokens], subjects: NDArray[Any], reference: NDArray[np.bool_], *, mirror: bool, seed: int
+) -> tuple[PlaneDeviation, Map]:
+    """Fit one plane's slices; gives the deviation and the maps of the training scans, cross-fitted."""
     people = np.unique(subjects[reference])
     if len(people) < FEWEST_REFERENCES:
         raise CohortError(
@@ -132,7 +166,12 @@ def fit_deviation(
         rest = stacked[reference & (subjects != subjects[i])]
         mu, sd = _spread(rest) if str(subjects[i]) in part_of else (mean, deviation)
         maps[i] = (stacked[i] - mu) / sd
-    return CrossFitted(Deviation(place=place, weight=weight, bias=bias, mean=mean, deviation=deviation), maps)
+    return PlaneDeviation(place=place, weight=weight, bias=bias, mean=mean, deviation=deviation), maps
+
+
+def larger_in_tissue(maps: Map, tissue: NDArray[np.bool_]) -> Map:
+    """Give the larger of darker and brighter, 0 outside tissue: `[..., 2]` to `[...]`."""
+    return np.where(tissue, maps.max(axis=-1), np.float32(0))
 
 
 def slice_scores(maps: Map, tissue: NDArray[np.bool_]) -> NDArray[np.float64]:

@@ -18,8 +18,15 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from dinoatten3d.errors import FeatureError
-from dinoatten3d.learning.bags import Bags
-from dinoatten3d.learning.deviation import Deviation, fit_deviation, slice_scores, top_slices
+from dinoatten3d.learning.bags import Bags, Look
+from dinoatten3d.learning.deviation import (
+    Deviation,
+    PlaneDeviation,
+    fit_deviation,
+    larger_in_tissue,
+    slice_scores,
+    top_slices,
+)
 from dinoatten3d.learning.splits import inner_folds
 
 Array = NDArray[np.float64]
@@ -54,14 +61,18 @@ class DeviationModel:
 
     def score(self, bags: Bags) -> tuple[Array, Array]:
         """Give probabilities `[scans, classes]` and slice weights `[scans, slices]` of scans it was not fitted on."""
-        scores = np.stack([slice_scores(self.deviation.map(scan), scan.tissue) for scan in tokens_of(bags)])
+        probabilities, weights, _ = self.look(bags)
+        return probabilities, weights
+
+    def look(self, bags: Bags) -> Look:
+        """Give the same, and the larger of the darker and brighter scores of each tissue patch."""
+        scans = tokens_of(bags)
+        maps = [self.deviation.map(scan) for scan in scans]
+        scores = np.stack([slice_scores(found, scan.tissue) for found, scan in zip(maps, scans, strict=True)])
         weights = attend_to_deviation(scores, self.direction)
         inputs = np.concatenate([_pool(scores, weights), _against_first(self.mean_logit(_mean_token(bags)))], axis=1)
-        return softmax(self.classifier(inputs)), weights
-
-    def patch_maps(self, bags: Bags) -> NDArray[np.float32]:
-        """Give the larger of the darker and brighter scores of each tissue patch, `[scans, slices, rows, columns]`."""
-        return np.stack([self.deviation.patch_map(scan) for scan in tokens_of(bags)])
+        larger = [larger_in_tissue(found, scan.tissue) for found, scan in zip(maps, scans, strict=True)]
+        return Look(softmax(self.classifier(inputs)), weights, np.stack(larger))
 
     def notes(self) -> list[str]:
         """Say so where inner folds chose the mean patch token alone: the answer then owes nothing to the attention."""
@@ -71,11 +82,13 @@ class DeviationModel:
 
     def tensors(self) -> dict[str, Tensor]:
         """Give what `from_tensors` takes, for safetensors."""
-        found = {f"deviation.{k}": torch.as_tensor(v).contiguous() for k, v in vars(self.deviation).items()}
-        found["deviation.place"] = found["deviation.place"].half()
+        found: dict[str, Tensor] = {"direction": torch.from_numpy(self.direction)}
+        for number, plane in enumerate(self.deviation.by_plane):
+            found |= {f"deviation.{number}.{k}": torch.as_tensor(v).contiguous() for k, v in vars(plane).items()}
+            found[f"deviation.{number}.place"] = plane.place.half()
         for name in ("mean_logit", "classifier"):
             found |= {f"{name}.{k}": torch.from_numpy(v) for k, v in vars(getattr(self, name)).items()}
-        return found | {"direction": torch.from_numpy(self.direction)}
+        return found
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> DeviationModel:
@@ -84,15 +97,18 @@ class DeviationModel:
         def group(name: str) -> dict[str, Tensor]:
             return {k.removeprefix(f"{name}."): t for k, t in tensors.items() if k.startswith(f"{name}.")}
 
-        own = group("deviation")
+        def plane(own: dict[str, Tensor]) -> PlaneDeviation:
+            return PlaneDeviation(
+                place=own["place"].float(),
+                weight=own["weight"],
+                bias=own["bias"],
+                mean=own["mean"].numpy(),
+                deviation=own["deviation"].numpy(),
+            )
+
         linear = {n: Linear(**{k: t.numpy() for k, t in group(n).items()}) for n in ("mean_logit", "classifier")}
-        deviation = Deviation(
-            place=own["place"].float(),
-            weight=own["weight"],
-            bias=own["bias"],
-            mean=own["mean"].numpy(),
-            deviation=own["deviation"].numpy(),
-        )
+        count = sum(name.endswith(".place") for name in tensors)
+        deviation = Deviation(by_plane=tuple(plane(group(f"deviation.{number}")) for number in range(count)))
         return cls(deviation=deviation, direction=tensors["direction"].numpy(), **linear)
 
 
@@ -115,7 +131,7 @@ def fit_deviation_model(bags: Bags, *, seed: int) -> FittedDeviation:
     """
     labels, count = bags.labels.numpy(), len(bags.classes)
     scans = tokens_of(bags)
-    fitted = fit_deviation(scans, bags.subjects, labels == 0, mirror=bags.columns_run_left_to_right, seed=seed)
+    fitted = fit_deviation(scans, bags.subjects, labels == 0, planes=bags.planes, seed=seed)
     scores = slice_scores(fitted.maps, np.stack([scan.tissue for scan in scans]))
     guide = _logistic(top_slices(scores), labels, count, SCORE_STRENGTH)
     direction = attention_direction(guide)

@@ -258,6 +258,6 @@ def _bags(features: NDArray[np.float32], labels: NDArray[np.int64], subjects: ND
         position_mm=np.full(mask.shape, np.nan),
         brain_ml=np.full(len(mask), np.nan),
         classes=tuple(str(n) for n in range(int(labels.max()) + 1)),
-        plane="axial",
+        planes=("axial",) * mask.shape[1],
         tokens=(None,) * len(mask),
     )

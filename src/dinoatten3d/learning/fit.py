@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dinoatten3d.config import EvaluationConfig, Recipe
-from dinoatten3d.learning.bags import Bags
+from dinoatten3d.learning.bags import Bags, Look
 from dinoatten3d.learning.deviation_model import fit_deviation_model
 from dinoatten3d.learning.splits import partition
 from dinoatten3d.learning.stack import Job
@@ -29,8 +29,8 @@ class FoldModel(Protocol):
     def score(self, bags: Bags) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Give probabilities `[scans, classes]` and slice weights `[scans, slices]`."""
 
-    def patch_maps(self, bags: Bags) -> NDArray[np.float32] | None:
-        """Give how much each patch deviates, `[scans, slices, rows, columns]`; None where the model does not know."""
+    def look(self, bags: Bags) -> Look:
+        """Give the same and how much each patch deviates, computed once."""
 
     def notes(self) -> list[str]:
         """Give what a reader of an answer should know of the model."""

@@ -7,6 +7,7 @@ computation; a single model is one member of one job.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -16,8 +17,9 @@ from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dinoatten3d.config import ModelConfig
-from dinoatten3d.learning.bags import Bags
+from dinoatten3d.config import ModelConfig, Plane
+from dinoatten3d.data.slices import stacks
+from dinoatten3d.learning.bags import Bags, Look
 
 
 class Pooled(NamedTuple):
@@ -71,10 +73,29 @@ class MemberLinear(nn.Module):
 
 
 class SliceAttention(nn.Module):
-    """Score of a slice: Linear(dim, width), tanh, Linear(width, 1)."""
+    """Score of a slice: Linear(dim, width), tanh, Linear(width, 1).
 
-    def __init__(self, members: int, dim: int, width: int, *, uniform: bool, generator: torch.Generator) -> None:
+    With several planes, an embedding of the slice's plane is added before the tanh.
+    """
+
+    which: Tensor
+
+    def __init__(
+        self,
+        members: int,
+        dim: int,
+        width: int,
+        *,
+        uniform: bool,
+        planes: Sequence[Plane],
+        generator: torch.Generator,
+    ) -> None:
         super().__init__()
+        names = list(stacks(planes))
+        self.several = len(names) > 1
+        if self.several:
+            self.register_buffer("which", torch.tensor([names.index(plane) for plane in planes]))
+            self.plane = nn.Parameter(torch.zeros(members, len(names), width))
         self.hidden = MemberLinear(members, dim, width, generator)
         self.score = MemberLinear(members, width, 1, generator)
         if uniform:
@@ -91,7 +112,10 @@ class SliceAttention(nn.Module):
         weight = self.hidden.weight.transpose(1, 2).reshape(jobs, -1, dim)
         bias = self.hidden.bias.reshape(jobs, -1, 1)
         hidden = torch.baddbmm(bias, weight, features.reshape(jobs, scans * slices, dim).transpose(1, 2))
-        hidden = torch.tanh(hidden).reshape(models, width, scans * slices)
+        hidden = hidden.reshape(models, width, scans * slices)
+        if self.several:
+            hidden = hidden + self.plane[:, self.which].transpose(1, 2).repeat(1, 1, scans)
+        hidden = torch.tanh(hidden)
         scores = torch.baddbmm(self.score.bias.unsqueeze(1), self.score.weight.transpose(1, 2), hidden)
         return attend(features, scores.reshape(models, scans, slices), mask)
 
@@ -122,14 +146,23 @@ class SliceAttentionNet(nn.Module):
     scale: Tensor
 
     def __init__(
-        self, *, dim: int, classes: int, members: int, config: ModelConfig, generator: torch.Generator
+        self,
+        *,
+        dim: int,
+        classes: int,
+        members: int,
+        config: ModelConfig,
+        generator: torch.Generator,
+        planes: Sequence[Plane] = (),
     ) -> None:
         super().__init__()
         self.config = config
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("scale", torch.ones(dim))
         uniform = config.attention_start == "uniform"
-        self.attention = SliceAttention(members, dim, config.attention_width, uniform=uniform, generator=generator)
+        self.attention = SliceAttention(
+            members, dim, config.attention_width, uniform=uniform, planes=planes, generator=generator
+        )
         self.embedding = EmbeddingHead(members, dim, config, generator)
         self.classifier = MemberLinear(members, self.embedding.width, classes, generator)
 
@@ -164,12 +197,14 @@ class SliceAttentionNet(nn.Module):
     def score(self, bags: Bags) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Give probabilities `[scans, classes]` and slice weights `[scans, slices]`, averaged over the members."""
         with torch.no_grad():
-            out = self(self.scaled(bags.features).unsqueeze(0), bags.mask.unsqueeze(0))
+            scaled = self.scaled(bags.slice_features(self.config.slice_features))
+            out = self(scaled.unsqueeze(0), bags.mask.unsqueeze(0))
         probabilities = torch.softmax(out.logits.double(), dim=-1).mean(dim=0).numpy()
         return probabilities, out.weights.double().mean(dim=0).numpy()
 
-    def patch_maps(self, bags: Bags) -> None:
-        """Give nothing: this model sees slices, not patches."""
+    def look(self, bags: Bags) -> Look:
+        """Give the same; this model sees slices, not patches."""
+        return Look(*self.score(bags))
 
     def notes(self) -> list[str]:
         """Nothing to say."""

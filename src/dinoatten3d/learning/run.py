@@ -26,15 +26,17 @@ from safetensors.torch import save_file
 from dinoatten3d import __version__
 from dinoatten3d.config import Recipe, from_dict, to_dict
 from dinoatten3d.data.cohort import Scan
+from dinoatten3d.data.slices import planes_of
 from dinoatten3d.errors import RunError
-from dinoatten3d.features.store import FeatureStore
+from dinoatten3d.features.reduce import Reduction, read_reduction, write_reduction
+from dinoatten3d.features.store import REDUCTION, FeatureStore
 from dinoatten3d.files import sha256, whole_folder, write_json, write_text
 from dinoatten3d.learning.bags import Bags
 from dinoatten3d.learning.deviation_model import DeviationModel
 from dinoatten3d.learning.fit import CrossValidation, FittedFold, FoldModel
 from dinoatten3d.learning.model import SliceAttentionNet
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 PACKAGES = ("torch", "transformers", "numpy", "scipy", "scikit-learn", "pandas", "nibabel")
 
 
@@ -97,6 +99,10 @@ class Run:
         except (OSError, ValueError, TypeError) as error:
             raise RunError(f"{self.folder / name} cannot be read ({error}); train again") from None
 
+    def reduction(self) -> Reduction | None:
+        """Load the PCA of the patch tokens, where the recipe has one."""
+        return read_reduction(self.folder / REDUCTION) if self.recipe.patches.pca else None
+
     def models(self) -> list[FoldModel]:
         """Load the model of every fold; an evaluation on another cohort has none of its own."""
         if self.evaluates is not None:
@@ -143,6 +149,8 @@ def write_run(
         if baselines:
             means = {name: by_repeat.mean(axis=0) for name, by_repeat in baselines.items()}
             _model_tables(bags, means, first).to_csv(folder / "baselines.csv", index=False)
+        if store.reduction is not None:  # a run answers for new scans without its feature folder
+            write_reduction(folder / REDUCTION, store.reduction)
         for fold in range(int(result.folds.max()) + 1):
             place = folder / f"fold-{fold}"
             place.mkdir()
@@ -153,9 +161,8 @@ def write_run(
                 once = {name: by_repeat[repeat] for name, by_repeat in baselines.items()}
                 rows = _model_tables(bags, once, np.where(result.folds[repeat] == fold, fold, -1))
                 rows.to_csv(place / "baselines.csv", index=False)
-        shape = {"dim": bags.features.shape[-1], "classes": len(bags.classes)}
         for fold, fitted in enumerate(result.fitted):
-            _write_model(folder / f"fold-{fold}", fitted, {"shape": json.dumps(shape), "features": store.digest})
+            _write_model(folder / f"fold-{fold}", fitted, {"features": store.digest})
         for name, content in extras.items():
             if isinstance(content, pd.DataFrame):
                 content.to_csv(folder / name, index=False)
@@ -223,7 +230,8 @@ def acting_settings(recipe: Recipe) -> dict[str, Any]:
     """Give the recipe's tables without the settings that its pooling makes no use of."""
     tables = to_dict(recipe)
     if recipe.model.pooling == "deviation":
-        return {"slices": tables["slices"], "patches": tables["patches"], "model": {"pooling": "deviation"}}
+        model = {name: tables["model"][name] for name in ("pooling", "layers")}
+        return {"slices": tables["slices"], "patches": tables["patches"], "model": model}
     return tables
 
 
@@ -277,7 +285,7 @@ def attention_table(bags: Bags, weights: NDArray[np.float64], folds: NDArray[np.
             "fold": folds[scan],
             "label": np.array(bags.classes)[bags.labels.numpy()[scan]],
             "slice": part,
-            "plane": bags.plane,
+            "plane": np.array(bags.planes)[part],
             "position_mm": bags.position_mm[scan, part],
             "weight": weights[scan, part],
         }
@@ -317,18 +325,18 @@ def environment(**more: Any) -> dict[str, Any]:
 def _read_model(path: Path, recipe: Recipe) -> FoldModel:
     try:
         with safe_open(path, framework="pt") as file:
-            shape = json.loads(file.metadata()["shape"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, KeyError, TypeError) as error:
         raise RunError(f"{path} is missing or damaged ({error}); train again") from None
     if recipe.model.pooling == "deviation":
         return DeviationModel.from_tensors(tensors)
     model = SliceAttentionNet(
-        dim=shape["dim"],
-        classes=shape["classes"],
+        dim=tensors["mean"].shape[-1],
+        classes=tensors["classifier.bias"].shape[-1],
         members=recipe.training.members,
         config=recipe.model,
         generator=torch.Generator().manual_seed(0),
+        planes=planes_of(recipe.slices),
     )
     model.load_state_dict(tensors)
     return model.eval()

@@ -83,6 +83,7 @@ def plan_job(bags: Bags, job: Job, recipe: Recipe) -> Plan:
         members=training.members,
         config=recipe.model,
         generator=generator,
+        planes=bags.planes,
     )
     fitted_on = torch.nonzero((~validate).any(dim=0)).squeeze(1)
     rows = torch.from_numpy(job.rows)[fitted_on]

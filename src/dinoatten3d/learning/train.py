@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -64,6 +65,7 @@ def train_jobs(
         recipe: Model, loss and training, of all jobs.
         progress: Called with epochs done and the most there can be, over all jobs.
     """
+    bags = replace(bags, features=bags.slice_features(recipe.model.slice_features))
     plans = [plan_job(bags, job, recipe) for job in jobs]
     trained: dict[int, Trained] = {}
     epochs = recipe.training.epochs

@@ -24,13 +24,15 @@ class CaseSlices:
     Attributes:
         scan_id: The scan, as in the predictions.
         pixels: 8-bit grey, `[slices, rows, columns]`.
-        position_mm: Position of each slice along the plane's normal, RAS+ mm, `[slices]`.
+        planes: Anatomical plane of each slice, `[slices]`.
+        position_mm: Position of each slice along its plane's normal, RAS+ mm, `[slices]`.
         weights: Attention of each slice, `[slices]`.
     """
 
     scan_id: str
     pixels: NDArray[np.uint8]
     position_mm: NDArray[np.float64]
+    planes: tuple[str, ...]
     weights: NDArray[np.float64]
 
 

@@ -135,13 +135,13 @@ def _case_rows(record: Record, thumbnails: Mapping[str, CaseSlices]) -> list[dic
         pictures = thumbnails.get(case["scan_id"])
         if pictures is None:
             heavy = weights.nlargest(HEAVIEST, "weight")
-            place, weight, uris = heavy["position_mm"], heavy["weight"], [""] * len(heavy)
+            planes, place, weight, uris = heavy["plane"], heavy["position_mm"], heavy["weight"], [""] * len(heavy)
         else:
-            place, weight = pictures.position_mm, pictures.weights
+            planes, place, weight = pictures.planes, pictures.position_mm, pictures.weights
             uris = [png_uri(picture) for picture in pictures.pixels]
         slices = [
-            {"mm": mm, "percent": 100 * share, "times": share * len(weights), "uri": uri}
-            for mm, share, uri in zip(place, weight, uris, strict=True)
+            {"plane": plane, "mm": mm, "percent": 100 * share, "times": share * len(weights), "uri": uri}
+            for plane, mm, share, uri in zip(planes, place, weight, uris, strict=True)
         ]
         rows.append({str(key): value for key, value in case.items()} | {"slices": slices})
     return rows

@@ -12,6 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from dinoatten3d.config import Plane
+from dinoatten3d.data.slices import stacks
 from dinoatten3d.errors import ScanError
 from dinoatten3d.report.drawing import GREY, PALETTE, STYLE, legend_below, look, new_figure, save, shorten
 
@@ -32,6 +34,8 @@ def attention_profile_figure(attention: pd.DataFrame, classes: Sequence[str]) ->
         classes: Names of the classes, in order.
     """
     planes = list(dict.fromkeys(attention["plane"]))
+    slices = attention.groupby("scan_id")["weight"].transform("size")
+    attention = attention.assign(relative=attention["weight"] * slices)  # of all planes together
     figure = new_figure(9.0, 0.8 + 2.7 * len(planes))
     panels = figure.subplots(len(planes), 1, squeeze=False).ravel()
     for panel, plane in zip(panels, planes, strict=True):
@@ -60,16 +64,18 @@ def slice_weights_figure(
     pixels: NDArray[np.uint8],
     position_mm: NDArray[np.floating],
     weights: NDArray[np.floating],
+    planes: Sequence[Plane],
     *,
     title: str,
     count: int = 8,
 ) -> bytes:
-    """Draw the attention over one scan: weight against position, and below it the slices that weigh most.
+    """Draw the attention over one scan: weight against position in each plane, and below it the heaviest slices.
 
     Args:
         pixels: 8-bit grey slices, `[slices, rows, columns]`.
-        position_mm: Position of each slice along the plane's normal, RAS+ mm, `[slices]`.
+        position_mm: Position of each slice along its plane's normal, RAS+ mm, `[slices]`.
         weights: Attention of each slice, summing to 1, `[slices]`.
+        planes: Anatomical plane of each slice, `[slices]`.
         title: One line over the figure.
         count: Slices to show at most, heaviest first.
 
@@ -77,52 +83,57 @@ def slice_weights_figure(
         A PNG file.
 
     Raises:
-        ScanError: There are no slices, or not one position and one weight for each.
+        ScanError: There are no slices, or not one position, one weight and one plane for each.
     """
-    if not len(pixels) == len(position_mm) == len(weights) or len(pixels) == 0:
+    if not len(pixels) == len(position_mm) == len(weights) == len(planes) or len(pixels) == 0:
         raise ScanError(
-            f"got {len(pixels)} slices, {len(position_mm)} positions and {len(weights)} weights to draw; "
-            "give one position and one weight for each of at least one slice"
+            f"got {len(pixels)} slices, {len(position_mm)} positions, {len(weights)} weights and {len(planes)} planes "
+            "to draw; give one position, one weight and one plane for each of at least one slice"
         )
     heaviest = np.argsort(-np.asarray(weights), kind="stable")[:count]
     columns = min(4, max(len(heaviest), 1))
     rows = -(-len(heaviest) // columns)
-    figure = new_figure(8.0, 2.7 + 2.2 * rows)
-    halves: Any = figure.subfigures(2, 1, height_ratios=[2.7, 2.2 * rows])
+    runs = stacks(planes)
+    heights = [2.2 * len(runs) + 0.5, 2.2 * rows]
+    figure = new_figure(8.0, sum(heights))
+    halves: Any = figure.subfigures(2, 1, height_ratios=heights)
     figure.suptitle(shorten(title, 100), fontsize=10.5, x=0.01, ha="left")
-    _draw_profile(halves[0].subplots(), position_mm, weights, heaviest)
+    panels = halves[0].subplots(len(runs), 1, squeeze=False, sharey=True).ravel()
+    for panel, (plane, run) in zip(panels, runs.items(), strict=True):
+        _draw_profile(panel, plane, position_mm[run], np.asarray(weights), run, heaviest)
+    panels[0].legend(loc="upper right")
     pictures = halves[1].subplots(rows, columns, squeeze=False).ravel()
     for rank, (picture, index) in enumerate(zip(pictures, heaviest, strict=False), start=1):
         picture.imshow(pixels[index], cmap="gray", vmin=0, vmax=255)
-        place = f"{round(position_mm[index]):d} mm".replace("-", "\N{MINUS SIGN}")
+        place = f"{planes[index]} {round(position_mm[index]):d} mm".replace("-", "\N{MINUS SIGN}")
         picture.set_title(f"{rank}   {place}   {100 * weights[index]:.1f} %", fontsize=8.5, loc="center")
     for picture in pictures:
         picture.axis("off")
     return save(figure, "png")
 
 
-def _draw_profile(axes: Axes, position_mm: np.ndarray, weights: np.ndarray, heaviest: np.ndarray) -> None:
-    """Weight in percent against mm, the heaviest slices numbered, uniform attention as a dashed line."""
-    order = np.argsort(position_mm)
-    percent = 100 * np.asarray(weights)
-    axes.plot(position_mm[order], percent[order], color=PALETTE[0], marker="o", markersize=3)
-    for rank, index in enumerate(heaviest, start=1):
-        place = (position_mm[index], percent[index])
-        axes.annotate(f"{rank}", place, xytext=(0, 4), textcoords="offset points", ha="center", fontsize=8)
+def _draw_profile(
+    axes: Axes, plane: str, position_mm: np.ndarray, weights: np.ndarray, run: slice, heaviest: np.ndarray
+) -> None:
+    """Weight in percent against mm in one plane, the heaviest slices numbered, uniform attention as a dashed line."""
+    percent = 100 * weights[run]
+    axes.plot(position_mm, percent, color=PALETTE[0], marker="o", markersize=3)
+    for rank, index in enumerate(heaviest - run.start, start=1):
+        if 0 <= index < len(percent):
+            place = (position_mm[index], percent[index])
+            axes.annotate(f"{rank}", place, xytext=(0, 4), textcoords="offset points", ha="center", fontsize=8)
     uniform = 100 / len(weights)
-    label = f"uniform attention ({uniform:.1f} %)"
-    axes.axhline(uniform, color=GREY, linewidth=1, linestyle="--", label=label)
-    axes.set(xlabel="Slice position, mm", ylabel="Weight, %")
+    axes.axhline(uniform, color=GREY, linewidth=1, linestyle="--", label=f"uniform attention ({uniform:.1f} %)")
+    axes.set(xlabel=f"{plane} position, mm ({DIRECTION.get(plane, 'RAS+')})", ylabel="Weight, %")
     axes.margins(y=0.16)
     axes.set_ylim(bottom=0)
-    axes.legend(loc="upper right")
 
 
 def _profiles(attention: pd.DataFrame, grid: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Slice weights of each scan, in units of uniform, at the positions of `grid`; NaN beyond its slices."""
+    """Slice weights of each scan in a plane, in units of uniform, at the positions of `grid`; NaN beyond its slices."""
     profiles = []
     for _, scan in attention.groupby("scan_id", sort=True):
         scan = scan.sort_values("position_mm")
-        relative = scan["weight"].to_numpy() * len(scan)
-        profiles.append(np.interp(grid, scan["position_mm"].to_numpy(), relative, left=np.nan, right=np.nan))
+        place, relative = scan["position_mm"].to_numpy(), scan["relative"].to_numpy()
+        profiles.append(np.interp(grid, place, relative, left=np.nan, right=np.nan))
     return np.array(profiles).reshape(-1, len(grid))
