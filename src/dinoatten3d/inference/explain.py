@@ -8,6 +8,8 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from dinoatten3d.data.slices import Slices
+from dinoatten3d.data.volume import Volume
 from dinoatten3d.inference.predict import Prediction
 
 
@@ -44,18 +46,27 @@ def slice_weight_map(prediction: Prediction) -> nib.Nifti1Image:
 
 
 def deviation_map(prediction: Prediction) -> nib.Nifti1Image | None:
-    """Lay the patch map over the scan, in the file's own grid, read linearly between patch centres; 0 beyond them.
-
-    A patch of 224 px slices is about 11 mm wide: the map shows where to look, not an outline.
-    """
+    """Lay the patch map over the scan; None where the recipe looks at slices alone."""
     if prediction.patch_map is None:
         return None
-    volume, slices = prediction.volume, prediction.slices
-    patch_px = slices.pixels.shape[1] / prediction.patch_map.shape[1]
+    return patch_volume(prediction.patch_map, prediction.slices, prediction.volume)
+
+
+def patch_volume(patch_map: NDArray[np.float32], slices: Slices, volume: Volume) -> nib.Nifti1Image:
+    """Lay a patch map over the scan, in the file's own grid, read linearly between patch centres; 0 beyond them.
+
+    A patch of 224 px slices is about 11 mm wide: the map shows where to look, not an outline.
+
+    Args:
+        patch_map: `[slices, rows, columns]`.
+        slices: The pictures that were cut into these patches.
+        volume: The scan that they were taken from.
+    """
+    patch_px = slices.pixels.shape[1] / patch_map.shape[1]
     to_picture = np.linalg.inv(slices.affine_ras) @ volume.source_affine  # voxel to (row, column, slice)
     to_patch = np.diag([1 / patch_px, 1 / patch_px, 1, 1]) @ to_picture
     to_patch[:2, 3] += 0.5 / patch_px - 0.5  # from pixel centres to patch centres
-    by_row = np.moveaxis(prediction.patch_map, 0, 2)  # [rows, columns, slices]
+    by_row = np.moveaxis(patch_map, 0, 2)  # [rows, columns, slices]
     laid = ndimage.affine_transform(by_row, to_patch[:3, :3], to_patch[:3, 3], volume.source_shape, order=1)
     return nib.Nifti1Image(np.asarray(laid, dtype=np.float32), volume.source_affine)
 
