@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from conftest import head
 from dinoatten3d import cli
 from dinoatten3d.data.slices import AXIS
 
@@ -381,14 +382,79 @@ def test_a_failed_scan_is_listed_and_the_exit_code_says_so(
     assert "scan00:" in answers.out
 
 
-def test_anomaly_scores_every_scan(call, trained: Path, cohort_folder: Path, tmp_path: Path) -> None:
-    out = tmp_path / "a.csv"
-    given = ("anomaly", cohort_folder / "cohort.csv", "--features", features_of(trained), "--out", out)
-    result = call(*given, "--target", "DX", "--folds", 4)
+@pytest.fixture(scope="module")
+def healthy(trained: Path, cohort_folder: Path) -> Path:
+    """A folder of `anomaly`, made by the real command."""
+    out = trained / "healthy"
+    given = ["anomaly", str(cohort_folder / "cohort.csv"), "--features", features_of(trained), "--target", "DX"]
+    command = [sys.executable, "-m", "dinoatten3d", *given, "--classes=NL=NL", "--classes=AD=AD", "--folds=4"]
+    done = subprocess.run([*command, "--out", str(out), "--maps=2"], check=True, capture_output=True, text=True)
+    (trained / "healthy.txt").write_text(done.stdout)
+    return out
+
+
+def test_anomaly_scores_every_scan_and_lays_the_farthest_over_theirs(healthy: Path, cohort_folder: Path) -> None:
+    table = pd.read_csv(healthy / "scores.csv")
+    assert len(table) == 20
+    assert table["score"].is_monotonic_decreasing
+    assert (table["reference"] == (table["label"] == "NL")).all()
+    assert "AD against NL: AUROC" in (healthy.parent / "healthy.txt").read_text()
+    maps = sorted((healthy / "maps").iterdir())
+    assert [p.name.rsplit("-", 1)[0] for p in maps] == sorted(table["scan_id"][:2])
+    laid = nib.load(maps[0] / "deviation.nii.gz")
+    assert laid.shape == nib.load(cohort_folder / "scans" / "scan00.nii.gz").shape
+    assert (maps[0] / "slices.png").stat().st_size > 10_000
+
+
+def test_an_anomaly_folder_is_never_overwritten(call, healthy: Path, trained: Path, cohort_folder: Path) -> None:
+    again = call("anomaly", cohort_folder / "cohort.csv", "--features", features_of(trained), "--out", healthy)
+    assert again.code == 2
+    assert "exists; choose another --out" in again.err
+
+
+def test_a_new_scan_is_ranked_among_the_healthy_ones(
+    call, healthy: Path, tiny_backbone_folder: Path, save_nifti, tmp_path: Path
+) -> None:
+    array = head(seed=77)
+    array[15:25, 15:30, 22:30] *= 0.1
+    new, out = save_nifti(array, "new.nii.gz"), tmp_path / "answers"
+    bad = tmp_path / "bad.nii.gz"
+    bad.write_bytes(b"no image")
+    result = call("score", healthy, new, bad, "--backbone", tiny_backbone_folder, "--out", out)
+    assert result.code == cli.SOME_FAILED
+    assert "of 10 held-out healthy scans" in result.out
+    assert "behind the reference" not in result.out
+    answer = json.loads((out / "new" / "anomaly.json").read_text())
+    assert answer["percentile"] == 10 * answer["farther_than"]
+    assert nib.load(out / "new" / "deviation.nii.gz").shape == array.shape
+    assert call("score", healthy, new, "--backbone", tiny_backbone_folder, "--out", out).code == 2
+
+
+def test_a_healthy_scan_of_the_reference_is_recognised_and_not_its_own_reference(
+    call, healthy: Path, tiny_backbone_folder: Path, cohort_folder: Path, tmp_path: Path
+) -> None:
+    """Under any name: what answers is the reference of its own fold, and its score is the held-out one."""
+    renamed = tmp_path / "somebody.nii.gz"
+    shutil.copy(cohort_folder / "scans" / "scan04.nii.gz", renamed)
+    result = call("score", healthy, renamed, "--backbone", tiny_backbone_folder, "--out", tmp_path / "answers")
     assert result.code == 0, result.err
-    assert len(pd.read_csv(out)) == 20
-    assert "AD against NL: AUROC" in result.out
-    assert call(*given).code == 0
+    assert "this scan is one of the healthy scans behind the reference" in result.out
+    assert "of 9 held-out healthy scans" in result.out
+    answer = json.loads((tmp_path / "answers" / "somebody" / "anomaly.json").read_text())
+    row = pd.read_csv(healthy / "scores.csv").set_index("scan_id").loc["scan04"]
+    assert answer["score"] == pytest.approx(row["score"], abs=0.05)  # the kept reference is in half precision
+
+
+def test_a_damaged_or_foreign_reference_is_one_sentence(call, healthy: Path, trained: Path, tmp_path: Path) -> None:
+    scan = tmp_path / "scan.nii.gz"
+    wrong = call("score", trained / "run", scan)
+    assert wrong.code == 2
+    assert "holds no healthy reference" in wrong.err
+    shutil.copytree(healthy, tmp_path / "h")
+    (tmp_path / "h" / "fold-1.safetensors").write_bytes(b"torn")
+    torn = call("score", tmp_path / "h", scan)
+    assert torn.code == 2
+    assert "is damaged" in torn.err
 
 
 @pytest.mark.slow

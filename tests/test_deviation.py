@@ -22,7 +22,7 @@ from dinoatten3d.learning.fit import cross_validate
 from dinoatten3d.learning.splits import outer_folds
 
 SLICES, GRID, DIM = 6, 5, 8
-DARKER, BRIGHTER = np.eye(DIM)[0] * 3, np.eye(DIM)[1] * 3
+DARKER, BRIGHTER = np.eye(DIM)[0] * 4, np.eye(DIM)[1] * 4
 
 
 def scan_tokens(rng: np.random.Generator, anatomy: np.ndarray, *, lesion: tuple[int, int, int] | None) -> PatchTokens:
@@ -152,7 +152,7 @@ def test_a_slice_without_tissue_is_ordinary() -> None:
     scores = slice_scores(maps, tissue)
     assert (scores[2] == 0).all()
     np.testing.assert_allclose(scores[3], maps[3, 0, 0], rtol=1e-5)
-    np.testing.assert_allclose(scores[0], np.sort(maps[0].reshape(-1, 2), axis=0)[-3:].mean(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(scores[0], np.sort(maps[0].reshape(-1, 2), axis=0)[-2:].mean(axis=0), rtol=1e-5)
 
 
 def test_attention_follows_its_direction() -> None:
@@ -232,6 +232,34 @@ def test_an_anomaly_score_needs_no_labels_at_all_and_enough_people() -> None:
     assert len(score_anomalies(unlabelled, folds=5).table) == 20
     with pytest.raises(CohortError, match="there are 10 reference subjects, fewer than the 11 folds"):
         score_anomalies(bags, folds=11)
+
+
+def test_a_whole_brain_that_looks_different_is_no_lesion() -> None:
+    bags, _ = cohort(20, lesions=False)
+    tokens = [t for t in bags.tokens if t is not None]
+    fitted = fit_deviation(
+        tokens[:-1], bags.subjects[:-1], np.ones(39, bool), planes=("sagittal",) * SLICES, seed=0
+    ).deviation
+    shifted = replace(tokens[-1], tokens=(tokens[-1].tokens + 0.5 * DARKER).astype(np.float16))
+    np.testing.assert_allclose(np.median(fitted.map(shifted), axis=(0, 1, 2)), 0, atol=1e-3)
+    assert fitted.map(shifted).max() < fitted.map(tokens[-1]).max() + 1
+
+
+def test_darker_and_brighter_are_equally_rare_among_references() -> None:
+    bags, _ = cohort(20, lesions=False)
+    tokens = [t for t in bags.tokens if t is not None]
+    maps = fit_deviation(tokens, bags.subjects, np.ones(40, bool), planes=bags.planes, seed=0).maps
+    np.testing.assert_allclose(np.percentile(maps, 99.9, axis=(0, 1, 2, 3)), 3.09, atol=0.1)
+
+
+def test_two_labels_leave_what_deviates_abnormal() -> None:
+    """Two scans without a lesion are called lesion scans: that does not turn the direction, and lesions are found."""
+    bags, _ = cohort()
+    called = replace(bags, labels=torch.where(torch.arange(80) < 28, 0, 1))
+    model = fit_deviation_model(called.take(np.arange(30)), seed=0)
+    assert (model.direction > 0.3).all()
+    answers = model.score(bags.take(np.arange(30, 80)))[0][:, 1]
+    assert roc_auc_score(bags.labels[30:], answers) > 0.8
 
 
 def test_a_percentile_is_among_the_others() -> None:

@@ -13,6 +13,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 from cyclopts import App, Parameter
 
 from dinoatten3d import __version__
+from dinoatten3d.cli_anomaly import SOME_FAILED, anomaly, score
 from dinoatten3d.cli_audit import audit
 from dinoatten3d.cli_weights import weights_app
 from dinoatten3d.config import (
@@ -36,9 +37,6 @@ from dinoatten3d.console import (
 from dinoatten3d.errors import DinoAtten3DError
 from dinoatten3d.options import BackboneName, Classes, ConfigFile, Device, Ignore, Positions, RecipeName
 
-SOME_FAILED = 3
-"""Exit code when some scans could not be used and the others were."""
-
 app = App(
     name="dinoatten3d",
     version=__version__,
@@ -47,6 +45,8 @@ app = App(
 app.command(weights_app)
 
 app.command(audit)
+app.command(anomaly)
+app.command(score)
 
 
 @app.command
@@ -309,39 +309,6 @@ def explain(
         else:
             print(explain_scan(prediction, out or run / "explain"))
     return SOME_FAILED if failed else 0
-
-
-@app.command
-def anomaly(
-    cohort: Path,
-    *,
-    features: Path,
-    out: Path,
-    target: str | None = None,
-    classes: Classes = [],  # noqa: B006
-    ignore: Ignore = [],  # noqa: B006
-    folds: int = 5,
-    seed: int = 0,
-) -> None:
-    """Score how far each scan is from the healthy ones, without diagnosis labels.
-
-    Args:
-        cohort: The table or BIDS folder that the features were extracted from.
-        features: A feature folder made by `extract` with patch tokens (the default recipe).
-        out: CSV to write: score, percentile among held-out healthy scans, the slice that deviates most.
-        target: Column that says which scans are healthy (the first class); without it all are references.
-        folds: Healthy scans are held out in this many folds.
-        seed: Decides folds and sampling.
-    """
-    from dinoatten3d.data.cohort import read_cohort
-    from dinoatten3d.features.store import open_store
-    from dinoatten3d.steps import find_anomalies
-
-    table = read_cohort(cohort, target=target, classes=classes, ignore=ignore)
-    with progress_bars() as bar:
-        sentences = find_anomalies(table, open_store(features), out, folds=folds, seed=seed, progress=bar("scoring"))
-    for sentence in sentences:
-        print(sentence)
 
 
 def main() -> None:

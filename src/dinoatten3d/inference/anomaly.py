@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from dinoatten3d.errors import CohortError
 from dinoatten3d.learning.bags import Bags
-from dinoatten3d.learning.deviation import fit_deviation, slice_scores, top_slices
+from dinoatten3d.learning.deviation import Deviation, fit_deviation, slice_scores, top_slices
 from dinoatten3d.learning.deviation_model import tokens_of
 from dinoatten3d.learning.splits import group_folds
 
@@ -24,12 +24,14 @@ class Anomalies(NamedTuple):
     """Scores of all scans, held out.
 
     `table` has one row a scan; `slice_scores` is `[scans, slices]`; `maps` is `[scans, slices, rows, columns]`: the
-    larger of darker and brighter in standard deviations of reference scans, 0 outside tissue.
+    larger of darker and brighter in standard deviations of reference scans, 0 outside tissue. `deviations` has what
+    each fold learnt from the reference scans of the others.
     """
 
     table: pd.DataFrame
     slice_scores: NDArray[np.float64]
     maps: NDArray[np.float32]
+    deviations: tuple[Deviation, ...]
 
 
 def score_anomalies(
@@ -58,6 +60,7 @@ def score_anomalies(
         found = group_folds(np.zeros(int(reference.sum()), int), bags.subjects[reference], folds=folds, seed=seed)
         assert found is not None
         assigned[reference] = found
+    deviations = []
     maps = np.zeros(scans[0].tokens.shape[:3], np.float32)[None].repeat(len(bags), axis=0)
     for fold in range(folds):
         held_out = np.flatnonzero(assigned == fold)
@@ -69,11 +72,11 @@ def score_anomalies(
             planes=bags.planes,
             seed=seed * 1000 + fold,
         )
+        deviations.append(fitted.deviation)
         for i in held_out:
             maps[i] = fitted.deviation.patch_map(scans[i])
         progress(fold + 1, folds)
-    tissue = np.stack([scan.tissue for scan in scans])
-    by_slice = slice_scores(maps[..., None], tissue)[..., 0]
+    by_slice = map_slice_scores(maps, np.stack([scan.tissue for scan in scans]))
     score = top_slices(by_slice)
     heaviest = by_slice.argmax(axis=1)
     table = pd.DataFrame(
@@ -81,13 +84,20 @@ def score_anomalies(
             "scan_id": [scan.id for scan in bags.scans],
             "subject": bags.subjects,
             "label": [scan.label or "" for scan in bags.scans],
+            "reference": reference,
+            "fold": assigned,
             "score": score,
             "percentile": percentile_among(score, reference),
             "heaviest_slice_plane": np.array(bags.planes)[heaviest],
             "heaviest_slice_mm": bags.position_mm[np.arange(len(bags)), heaviest],
         }
     )
-    return Anomalies(table, by_slice, maps)
+    return Anomalies(table, by_slice, maps, tuple(deviations))
+
+
+def map_slice_scores(maps: NDArray[np.float32], tissue: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Score each slice of patch maps by its highest tissue patches, `[n, slices, rows, columns]` to `[n, slices]`."""
+    return slice_scores(maps[..., None], tissue)[..., 0]
 
 
 def percentile_among(score: NDArray[np.float64], reference: NDArray[np.bool_]) -> NDArray[np.float64]:

@@ -8,7 +8,8 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from dinoatten3d.data.slices import stacks
+from dinoatten3d.data.slices import Slices, stacks
+from dinoatten3d.data.volume import Volume
 from dinoatten3d.inference.predict import Prediction
 
 
@@ -49,21 +50,30 @@ def slice_weight_map(prediction: Prediction) -> nib.Nifti1Image:
 
 
 def deviation_map(prediction: Prediction) -> nib.Nifti1Image | None:
-    """Lay the patch map over the scan, in the file's own grid, read linearly between patch centres; 0 beyond them.
+    """Lay the patch map over the scan; None where the recipe looks at slices alone."""
+    if prediction.patch_map is None:
+        return None
+    return patch_volume(prediction.patch_map, prediction.slices, prediction.volume)
+
+
+def patch_volume(patch_map: NDArray[np.float32], slices: Slices, volume: Volume) -> nib.Nifti1Image:
+    """Lay a patch map over the scan, in the file's own grid, read linearly between patch centres; 0 beyond them.
 
     With several planes a voxel holds their mean: what deviates from every side stands out. A patch of 224 px slices
     is about 11 mm wide: the map shows where to look, not an outline.
+
+    Args:
+        patch_map: `[slices, rows, columns]`.
+        slices: The pictures that were cut into these patches.
+        volume: The scan that they were taken from.
     """
-    if prediction.patch_map is None:
-        return None
-    volume, slices = prediction.volume, prediction.slices
-    patch_px = slices.pixels.shape[1] / prediction.patch_map.shape[1]
+    patch_px = slices.pixels.shape[1] / patch_map.shape[1]
     laid = []
     for run in stacks(slices.planes).values():
         to_picture = np.linalg.inv(slices.affine_ras[run.start]) @ volume.source_affine  # voxel to (row, column, slice)
         to_patch = np.diag([1 / patch_px, 1 / patch_px, 1, 1]) @ to_picture
         to_patch[:2, 3] += 0.5 / patch_px - 0.5  # from pixel centres to patch centres
-        by_row = np.moveaxis(prediction.patch_map[run], 0, 2)  # [rows, columns, slices]
+        by_row = np.moveaxis(patch_map[run], 0, 2)  # [rows, columns, slices]
         laid.append(ndimage.affine_transform(by_row, to_patch[:3, :3], to_patch[:3, 3], volume.source_shape, order=1))
     return nib.Nifti1Image(np.mean(laid, axis=0, dtype=np.float32), volume.source_affine)
 

@@ -2,9 +2,10 @@
 
 The backbone's middle layers see a lesion that its CLS token misses. A patch token minus the mean token of the reference
 class at that place (and the same minus its mirror image) goes through a linear discriminant that tells blemished
-patches of reference scans from whole ones; its scores are standardised per place. All of it comes from the training
-scans of one fold, and a training scan is never its own reference: its subject is left out of the mean, of the
-standardisation and of the discriminant that score it.
+patches of reference scans from whole ones; its scores are standardised per place. A scan's own median is taken away,
+for a whole brain that looks different is no lesion, and darker and brighter are brought to one scale by how far
+reference scans stray in each. All of it comes from the training scans of one fold, and a training scan is never its own
+reference: its subject is left out of the mean, of the standardisation and of the discriminant that score it.
 """
 
 from __future__ import annotations
@@ -28,11 +29,13 @@ from dinoatten3d.features.store import PatchTokens
 Map = NDArray[np.float32]
 SHRINKAGE = 0.1
 PARTS = 5
-BLUR = (0.5, 0.7, 0.7)
+BLUR = (0.8, 0.7, 0.7)
 """Slices, rows and columns over which a map is smoothed: a lesion is a blob, noise is not."""
-TOP = 3
+TOP_PATCHES, TOP_SLICES = 2, 3
 """Highest patches whose mean is the score of a slice, and highest slices whose mean is that of a scan."""
 FEWEST_REFERENCES = 4
+RARE_PERCENT, RARE_SCORE = 99.9, 3.09
+"""One reference patch in a thousand passes this score, darker or brighter, as of a normal variable."""
 
 
 class _Moments(NamedTuple):
@@ -53,7 +56,8 @@ class PlaneDeviation:
             difference.
         bias: `[2]`.
         mean: Mean of the smoothed maps over reference scans, `[slices, rows, columns, 2]`.
-        deviation: Standard deviation of the same, `[slices, rows, columns, 2]`.
+        deviation: Standard deviation of the same, widened so that one tissue patch in a thousand of the reference scans
+            passes 3.09, `[slices, rows, columns, 2]`.
     """
 
     place: Tensor
@@ -66,7 +70,23 @@ class PlaneDeviation:
         """Score each patch of a new scan's slices in this plane, `[slices, rows, columns, 2]`."""
         mirror = len(self.weight) > self.place.shape[-1]
         raw = _blurred(_discriminate(_residual(scan.tokens, self.place, mirror), self.weight, self.bias))
-        return np.asarray((raw - self.mean) / self.deviation, dtype=np.float32)
+        return _centred((raw - self.mean) / self.deviation, scan.tissue)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Give what `from_tensors` takes, for safetensors; the place's mean is kept in half precision."""
+        found = {name: torch.as_tensor(value).contiguous() for name, value in vars(self).items()}
+        return found | {"place": self.place.half()}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> PlaneDeviation:
+        """Read back what `tensors` gave."""
+        return cls(
+            place=tensors["place"].float(),
+            weight=tensors["weight"],
+            bias=tensors["bias"],
+            mean=tensors["mean"].numpy(),
+            deviation=tensors["deviation"].numpy(),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +104,17 @@ class Deviation:
     def patch_map(self, scan: PatchTokens) -> Map:
         """Give the larger of darker and brighter at each patch, 0 outside tissue, `[slices, rows, columns]`."""
         return larger_in_tissue(self.map(scan), scan.tissue)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Give what `from_tensors` takes, for safetensors."""
+        return {f"{k}.{name}": t for k, plane in enumerate(self.by_plane) for name, t in plane.tensors().items()}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> Deviation:
+        """Read back what `tensors` gave."""
+        planes = sorted({int(name.partition(".")[0]) for name in tensors})
+        own = [{n.partition(".")[2]: t for n, t in tensors.items() if int(n.partition(".")[0]) == k} for k in planes]
+        return cls(by_plane=tuple(PlaneDeviation.from_tensors(found) for found in own))
 
 
 class CrossFitted(NamedTuple):
@@ -160,12 +191,17 @@ def _fit_plane(
         discriminant = held_out[part_of[person]] if person in part_of else (weight, bias)
         raw.append(_blurred(_discriminate(_residual(scan.tokens, base, mirror), *discriminant)))
     stacked = np.stack(raw)
+    tissue = np.stack([scan.tissue for scan in scans])
     mean, deviation = _spread(stacked[reference])
     maps = np.empty_like(stacked)
     for i in range(len(scans)):
         rest = stacked[reference & (subjects != subjects[i])]
         mu, sd = _spread(rest) if str(subjects[i]) in part_of else (mean, deviation)
-        maps[i] = (stacked[i] - mu) / sd
+        maps[i] = _centred((stacked[i] - mu) / sd, tissue[i])
+    wide = _tail(maps[reference], tissue[reference])
+    own_wide = {p: _tail(maps[rest], tissue[rest]) for p in part_of if (rest := reference & (subjects != p)).any()}
+    maps /= np.stack([own_wide.get(str(p), wide) for p in subjects])[:, None, None, None]
+    deviation = deviation * wide
     return PlaneDeviation(place=place, weight=weight, bias=bias, mean=mean, deviation=deviation), maps
 
 
@@ -175,7 +211,7 @@ def larger_in_tissue(maps: Map, tissue: NDArray[np.bool_]) -> Map:
 
 
 def slice_scores(maps: Map, tissue: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """Score each slice by the mean of its three highest tissue patches, for each kind (darker, brighter).
+    """Score each slice by the mean of its two highest tissue patches, for each kind (darker, brighter).
 
     Args:
         maps: `[..., slices, rows, columns, kinds]`.
@@ -186,7 +222,7 @@ def slice_scores(maps: Map, tissue: NDArray[np.bool_]) -> NDArray[np.float64]:
     """
     hidden = np.where(tissue[..., None], maps, -np.inf)
     flat = hidden.reshape(*hidden.shape[:-3], -1, hidden.shape[-1])
-    ordered = np.sort(flat, axis=-2)[..., -TOP:, :]
+    ordered = np.sort(flat, axis=-2)[..., -TOP_PATCHES:, :]
     finite = np.isfinite(ordered)
     count = finite.sum(axis=-2)
     return np.asarray(np.where(finite, ordered, 0).sum(axis=-2) / np.maximum(count, 1), dtype=np.float64)
@@ -194,7 +230,7 @@ def slice_scores(maps: Map, tissue: NDArray[np.bool_]) -> NDArray[np.float64]:
 
 def top_slices(scores: NDArray[np.float64]) -> NDArray[np.float64]:
     """Score each scan by the mean of its three highest slices, `[scans, slices, ...]` to `[scans, ...]`."""
-    return np.asarray(np.sort(scores, axis=1)[:, -TOP:].mean(axis=1))
+    return np.asarray(np.sort(scores, axis=1)[:, -TOP_SLICES:].mean(axis=1))
 
 
 def _residual(tokens: NDArray[np.float16], place: Tensor, mirror: bool) -> Tensor:
@@ -212,6 +248,16 @@ def _discriminate(residual: Tensor, weight: Tensor, bias: Tensor) -> Map:
 
 def _blurred(values: Map) -> Map:
     return np.asarray(ndimage.gaussian_filter(values, (*BLUR, 0)), dtype=np.float32)
+
+
+def _centred(maps: Map, tissue: NDArray[np.bool_]) -> Map:
+    """Take away the scan's own median over tissue, for each kind."""
+    return np.asarray(maps - np.median(maps[tissue], axis=0) if tissue.any() else maps, dtype=np.float32)
+
+
+def _tail(maps: Map, tissue: NDArray[np.bool_]) -> Map:
+    """Give how far the tails of reference scans reach beyond a normal variable's, for each kind, `[2]`."""
+    return np.asarray(np.percentile(maps[tissue], RARE_PERCENT, axis=0) / RARE_SCORE, dtype=np.float32)
 
 
 def _moments(scan: PatchTokens, place: Tensor, mirror: bool, rng: np.random.Generator) -> _Moments:

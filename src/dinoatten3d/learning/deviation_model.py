@@ -1,8 +1,8 @@
 """The default model of one fold: attention over slices by how much they deviate, beside the mean patch token.
 
-The attention's direction and the classifier are logistic regressions, and inner folds choose which of the two inputs
-the classifier has. With tens of scans this beat what is trained step by step (docs/log.md), and the same data gives
-the same answer.
+The attention's direction and the classifier are logistic regressions. With two classes they start at "what deviates is
+not healthy" and move as far as the labels carry them; inner folds choose which of the two inputs the classifier has.
+With tens of scans this beat what is trained step by step (docs/log.md), and the same data gives the same answer.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.optimize import minimize
+from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
@@ -21,7 +23,6 @@ from dinoatten3d.errors import FeatureError
 from dinoatten3d.learning.bags import Bags, Look
 from dinoatten3d.learning.deviation import (
     Deviation,
-    PlaneDeviation,
     fit_deviation,
     larger_in_tissue,
     slice_scores,
@@ -32,6 +33,12 @@ from dinoatten3d.learning.splits import inner_folds
 Array = NDArray[np.float64]
 MEAN_STRENGTH = 0.01
 SCORE_STRENGTH = 0.1
+PRIOR_WEIGHT, PRIOR_OFFSET = 0.5, -0.75
+"""Log-odds of the second of two classes before any label: each standard deviation of healthy scans adds 0.5."""
+PRIOR_STRENGTH, OFFSET_STRENGTH = 3.0, 50.0
+"""Precision of those: a few scans may turn the weights, none may move the offset far, which must not differ by fold."""
+MARGIN = 2.0
+"""Standard errors of the AUROC by which the mean patch token must win on inner folds to be used."""
 SHARPNESS = 2.0
 LARGEST_LOGIT = 60.0
 
@@ -82,10 +89,8 @@ class DeviationModel:
 
     def tensors(self) -> dict[str, Tensor]:
         """Give what `from_tensors` takes, for safetensors."""
-        found: dict[str, Tensor] = {"direction": torch.from_numpy(self.direction)}
-        for number, plane in enumerate(self.deviation.by_plane):
-            found |= {f"deviation.{number}.{k}": torch.as_tensor(v).contiguous() for k, v in vars(plane).items()}
-            found[f"deviation.{number}.place"] = plane.place.half()
+        found = {f"deviation.{k}": v for k, v in self.deviation.tensors().items()}
+        found["direction"] = torch.from_numpy(self.direction)
         for name in ("mean_logit", "classifier"):
             found |= {f"{name}.{k}": torch.from_numpy(v) for k, v in vars(getattr(self, name)).items()}
         return found
@@ -97,18 +102,8 @@ class DeviationModel:
         def group(name: str) -> dict[str, Tensor]:
             return {k.removeprefix(f"{name}."): t for k, t in tensors.items() if k.startswith(f"{name}.")}
 
-        def plane(own: dict[str, Tensor]) -> PlaneDeviation:
-            return PlaneDeviation(
-                place=own["place"].float(),
-                weight=own["weight"],
-                bias=own["bias"],
-                mean=own["mean"].numpy(),
-                deviation=own["deviation"].numpy(),
-            )
-
         linear = {n: Linear(**{k: t.numpy() for k, t in group(n).items()}) for n in ("mean_logit", "classifier")}
-        count = sum(name.endswith(".place") for name in tensors)
-        deviation = Deviation(by_plane=tuple(plane(group(f"deviation.{number}")) for number in range(count)))
+        deviation = Deviation.from_tensors(group("deviation"))
         return cls(deviation=deviation, direction=tensors["direction"].numpy(), **linear)
 
 
@@ -133,7 +128,7 @@ def fit_deviation_model(bags: Bags, *, seed: int) -> FittedDeviation:
     scans = tokens_of(bags)
     fitted = fit_deviation(scans, bags.subjects, labels == 0, planes=bags.planes, seed=seed)
     scores = slice_scores(fitted.maps, np.stack([scan.tissue for scan in scans]))
-    guide = _logistic(top_slices(scores), labels, count, SCORE_STRENGTH)
+    guide = _from_prior(top_slices(scores), labels, count)
     direction = attention_direction(guide)
     mean = _mean_token(bags)
     mean_logit = _logistic(mean, labels, count, MEAN_STRENGTH)
@@ -199,23 +194,66 @@ def _against_first(logits: Array) -> Array:
 def _classifier(pooled: Array, crossed: Array, bags: Bags, seed: int) -> tuple[Linear, Array]:
     """Fit on the attention-pooled scores, on the mean-token logits or on both, as inner folds choose by AUROC.
 
+    With two classes the scores are left only where another choice is better by more than chance would have it: among
+    tens of scans the best of three is often the luckiest.
+
     Gives the classifier and what the chosen inputs say of each scan in the inner fold that left it out.
     """
     labels, count = bags.labels.numpy(), len(bags.classes)
     inputs = np.concatenate([pooled, crossed], axis=1)
     from_scores = np.arange(inputs.shape[1]) < pooled.shape[1]
     inner = inner_folds(labels, bags.subjects, folds=5, seed=seed + 7)  # other folds than those of the logits
-    best, chosen, kept = -1.0, inputs, np.zeros((len(bags), count))
-    for used in (from_scores, ~from_scores, from_scores | True):
-        candidate = inputs * used
-        answers = np.zeros((len(bags), count))
+    candidates = (from_scores, ~from_scores, from_scores | True)
+
+    def fit(rows: NDArray[np.bool_], used: NDArray[np.bool_]) -> Linear:
+        x = inputs[rows] * used
+        if not used[0]:
+            return _logistic(x, labels[rows], count, SCORE_STRENGTH)
+        return _from_prior(x, labels[rows], count, scores=pooled.shape[1])
+
+    answers = np.zeros((len(candidates), len(bags), count))
+    for answer, used in zip(answers, candidates, strict=True):
         for fold in np.unique(inner):
-            rest = inner != fold
-            answers[~rest] = softmax(_logistic(candidate[rest], labels[rest], count, SCORE_STRENGTH)(candidate[~rest]))
-        figure = roc_auc_score(labels, answers[:, 1] if count == 2 else answers, multi_class="ovr")
-        if figure > best:
-            best, chosen, kept = figure, candidate, answers
-    return _logistic(chosen, labels, count, SCORE_STRENGTH), kept
+            answer[inner == fold] = softmax(fit(inner != fold, used)(inputs[inner == fold] * used))
+    figures = [roc_auc_score(labels, answer[:, 1] if count == 2 else answer, multi_class="ovr") for answer in answers]
+    error = np.sqrt(figures[0] * (1 - figures[0]) / np.bincount(labels).min()) if count == 2 else 0.0
+    best = int(np.argmax(figures)) if max(figures) > figures[0] + MARGIN * error else 0
+    return fit(np.ones(len(bags), dtype=bool), candidates[best]), answers[best]
+
+
+def _from_prior(x: Array, labels: NDArray[np.int64], classes: int, scores: int | None = None) -> Linear:
+    """Fit logistic regression that shrinks to "what deviates is not healthy" instead of to nothing.
+
+    Maximum a posteriori under a normal prior; inputs are in standard deviations of the reference class. Classes weigh
+    the same, and together as much as the smaller one can tell (4 n0 n1 / n scans, which is n where they are equal).
+    More than two classes have no such direction: there it is `_logistic`.
+
+    Args:
+        x: `[scans, inputs]`.
+        labels: `[scans]`; 0 is the reference.
+        classes: Number of classes.
+        scores: How many of the first inputs are scores of deviation, with such a prior; the others' is 0. All, if None.
+    """
+    if classes > 2:
+        return _logistic(x, labels, classes, SCORE_STRENGTH)
+    healthy = x[labels == 0]
+    mean, scale = healthy.mean(axis=0), np.maximum(healthy.std(axis=0), 1e-9)
+    design = np.column_stack([(x - mean) / scale, np.ones(len(x))])
+    sign, share = np.where(labels == 1, 1.0, -1.0), np.bincount(labels) / len(labels)
+    weight = 2 * share[1 - labels]
+    prior = np.full(design.shape[1], PRIOR_WEIGHT) * (np.arange(design.shape[1]) < (scores or design.shape[1]))
+    prior[-1] = PRIOR_OFFSET
+    precision = np.append(np.full(x.shape[1], PRIOR_STRENGTH), OFFSET_STRENGTH)
+
+    def loss(theta: Array) -> tuple[float, Array]:
+        margin, away = sign * (design @ theta), theta - prior
+        value = weight @ np.logaddexp(0, -margin) + 0.5 * precision @ away**2
+        return float(value), precision * away - design.T @ (weight * sign * expit(-margin))
+
+    theta = minimize(loss, prior, jac=True, method="L-BFGS-B").x
+    return Linear(
+        mean=mean, scale=scale, weight=np.outer(theta[:-1], [-0.5, 0.5]), bias=theta[-1] * np.array([-0.5, 0.5])
+    )
 
 
 def _logistic(x: Array, labels: NDArray[np.int64], classes: int, strength: float) -> Linear:
