@@ -25,15 +25,7 @@ from dinoatten3d.config import (
     SliceConfig,
     TrainingConfig,
 )
-from dinoatten3d.console import (
-    config_layers,
-    fetch_backbone,
-    predictions,
-    print_verdict,
-    progress_bars,
-    say,
-    with_planes,
-)
+from dinoatten3d.console import config_layers, fetch_backbone, predictions, print_verdict, progress_bars, say
 from dinoatten3d.errors import DinoAtten3DError
 from dinoatten3d.options import BackboneName, Classes, ConfigFile, Device, Ignore, Positions, RecipeName
 
@@ -115,6 +107,7 @@ def extract(
         cohort: CSV or TSV with a row a scan (path, subject, ...), or a BIDS folder.
         out: Folder of feature folders.
     """
+    from dinoatten3d.console import with_planes
     from dinoatten3d.data.cohort import read_cohort
     from dinoatten3d.features.extract import extract as run_extract
 
