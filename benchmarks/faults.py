@@ -61,7 +61,7 @@ def main() -> None:
     work = arguments.work
     table = sessions(arguments.brains, arguments.lesions, work, draw=arguments.draw, count=arguments.sessions)
     recipe = load_recipe("published")
-    slices = replace(recipe.slices, count=8, spacing_mm=6.0)
+    slices = replace(recipe.slices, count=5, spacing_mm=10.0)
     cohort = read_cohort(table, target="diagnosis")
     store = extract(
         cohort,
