@@ -142,13 +142,13 @@ def scan_by_scan(bags: Bags, job: Job) -> None:
         loss_of(validation)
 
 
-def planted(scans: int, slices: int, dim: int) -> Bags:
+def planted(scans: int, slices: int, dim: int, shift: float = 0.25) -> Bags:
     """Make bags of random features; in a third of the slices of the second class eight features are shifted."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(scans) % 2
     features = torch.randn((scans, slices, dim), generator=generator)
     shifted = (torch.rand((scans, slices), generator=generator) < 1 / 3) & (labels == 1)[:, None]
-    features[..., :8] += 0.25 * shifted.unsqueeze(-1)
+    features[..., :8] += shift * shifted.unsqueeze(-1)
     return Bags(
         features=features,
         mask=torch.ones(scans, slices, dtype=torch.bool),
