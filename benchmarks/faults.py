@@ -29,7 +29,7 @@ import pandas as pd
 from scipy import ndimage
 from sklearn.metrics import roc_auc_score
 
-from dinoatten3d.config import PatchConfig, load_recipe
+from dinoatten3d.config import load_recipe
 from dinoatten3d.data.cohort import read_cohort
 from dinoatten3d.demo.implant import DARK, implant_cohort
 from dinoatten3d.features.backbone import load_backbone
@@ -61,7 +61,7 @@ def main() -> None:
     work = arguments.work
     table = sessions(arguments.brains, arguments.lesions, work, draw=arguments.draw, count=arguments.sessions)
     recipe = load_recipe("published")
-    slices = replace(recipe.slices, count=8, spacing_mm=6.0)
+    slices = replace(recipe.slices, count=arguments.slices, spacing_mm=10.0, size_px=arguments.size_px)
     cohort = read_cohort(table, target="diagnosis")
     store = extract(
         cohort,
@@ -183,6 +183,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, required=True, help="folder for the cohort, features and faults.csv")
     parser.add_argument("--draw", type=int, default=0, help="seed of the implanted cohort")
     parser.add_argument("--sessions", type=int, default=3)
+    parser.add_argument("--slices", type=int, default=5, help="slices a scan, 10 mm apart")
+    parser.add_argument("--size-px", type=int, default=224)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--epochs", type=int, default=1000)
     return parser.parse_args()

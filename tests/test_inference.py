@@ -76,13 +76,13 @@ def test_slices_of_any_size_that_divides_by_the_patch_work_from_extraction_to_th
     backbone = load_backbone(find_weights(str(tiny_backbone_folder)))
     config, patches = SliceConfig(count=4, size_px=size_px), PatchConfig(layers=(2,), blemished=4)
     store = extract(cohort, backbone, tmp_path / "f", slices=config, patches=patches).store
-    evaluation = EvaluationConfig(folds=2, bootstrap=100)
+    evaluation = EvaluationConfig(folds=2, bootstrap=100, shuffles=0)
     run = train_run(cohort, store, tmp_path / "run", recipe=Recipe(), recipe_name="default", evaluation=evaluation)
     answer = predict(run, cohort.scans[1].path, backbone)
     assert answer.patch_map is not None
     assert answer.patch_map.shape == (4, size_px // 14, size_px // 14)
     out_of_fold = run.table("predictions.csv").set_index("scan_id").loc[cohort.scans[1].id, "p_AD"]
-    assert answer.probabilities[1] == pytest.approx(out_of_fold, abs=1e-3)
+    assert answer.probabilities[1] == pytest.approx(out_of_fold, abs=5e-3)  # places are kept in half precision
     laid = deviation_map(answer)
     assert laid is not None
     assert laid.shape == (40, 48, 40)

@@ -103,3 +103,15 @@ def test_progress_ends_where_it_said_it_would() -> None:
     )
     assert seen[-1] == (120, 120)
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+def test_scans_that_a_protocol_holds_out_choose_the_epoch_and_nothing_else() -> None:
+    data = bags()
+    held_out = np.arange(len(data)) % 4 == 0
+    recipe = replace(QUICK, training=replace(QUICK.training, members=1, epochs=1))
+    job = Job(rows=np.arange(len(data)), labels=data.labels.numpy(), seed=0, validate=held_out[None])
+    spoiled = replace(data, features=torch.where(torch.from_numpy(held_out)[:, None, None], 1e3, data.features))
+    found, other = (fit_jobs(b, [job], recipe)[0] for b in (data, spoiled))
+    for name, tensor in found.model.tensors().items():
+        assert torch.equal(tensor, other.model.tensors()[name]), name
+    assert (np.isfinite(found.inner).all(axis=1) == held_out).all()

@@ -102,7 +102,9 @@ def _train_stack(bags: Bags, plans: Sequence[Plan], recipe: Recipe, progress: Ca
     # an attention that stays as it is pools every scan once
     pooled = pool_rows(net.attention, stack, everyone, everything.expand(len(everyone), -1)) if frozen else None
     trained = net.embedding if frozen else net
-    optimiser = torch.optim.AdamW(trained.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay)
+    optimiser = torch.optim.AdamW(
+        trained.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay, fused=True
+    )
     watch = BestEpoch(net, stack)
     history: list[list[dict[str, Any]]] = [[] for _ in plans]
     jobs = torch.arange(len(plans))
