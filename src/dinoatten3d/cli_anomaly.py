@@ -40,7 +40,7 @@ def anomaly(
     """
     from dinoatten3d.data.cohort import read_cohort
     from dinoatten3d.features.store import open_store
-    from dinoatten3d.steps import find_anomalies
+    from dinoatten3d.steps_anomaly import find_anomalies
 
     table = read_cohort(cohort, target=target, classes=classes, ignore=ignore)
     with progress_bars() as bar:
@@ -68,7 +68,7 @@ def score(
         out: Folder for a map, a figure and the answer of each scan; without it the answer is only printed.
     """
     from dinoatten3d.inference.healthy import open_reference, score_scan
-    from dinoatten3d.steps import keep_scan_anomaly
+    from dinoatten3d.steps_anomaly import keep_scan_anomaly
 
     healthy = open_reference(reference)
     model = fetch_backbone(backbone or healthy.config["features"]["backbone"]["name"], device)
