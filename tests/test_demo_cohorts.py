@@ -53,7 +53,8 @@ def brains(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for index in range(8):
         radii = np.array([17, 21, 17]) * (0.8 if index % 2 else 1.0)
         inside = np.linalg.norm(grid / radii, axis=-1) < 1
-        image = stored_image((inside * 100).astype(np.uint8), affine, tuple(("RAS", "LPS", "PSR")[index % 3]), 2.5)
+        grey = inside * (5 + np.indices(inside.shape)[2] * 95 // 39)  # many levels, 5 to 100
+        image = stored_image(grey.astype(np.uint8), affine, tuple(("RAS", "LPS", "PSR")[index % 3]), 2.5)
         nib.save(image, folder / f"sub-{index}_T1w.nii.gz")
         rows.append({"participant_id": f"sub-{index}", "age": 30 + index, "gender": "fm"[index % 2], "group": "x"})
     pd.DataFrame(rows).to_csv(folder / "participants.tsv", sep="\t", index=False)
@@ -148,13 +149,15 @@ def test_an_implanted_brain_differs_from_its_source_in_the_lesion_only(brains: P
         scan, source = (nib.load(f / f"{row.scan}.nii.gz") for f in (implanted.table.parent / "scans", brains))
         assert np.allclose(scan.affine, source.affine)
         assert scan.get_data_dtype() == np.int16
-        assert float(scan.dataobj.slope) == pytest.approx(250 / 4000)
+        assert float(scan.dataobj.slope) == pytest.approx(source.get_fdata().max() / 4000)
         changed = np.abs(scan.get_fdata() - source.get_fdata()) > 1
         if row.diagnosis == "healthy":
             assert not changed.any()
         else:
             lesion = nib.load(implanted.truth.parent / row.mask).get_fdata() > 0
             assert changed[lesion].all()
+            # how many grey levels there are must not tell who has a lesion
+            assert len(np.unique(scan.get_fdata())) <= len(np.unique(source.get_fdata()))
             assert not changed[~ndimage.binary_dilation(lesion, iterations=3)].any()
 
 

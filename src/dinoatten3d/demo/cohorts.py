@@ -36,7 +36,7 @@ __all__ = ["DemoCohort", "DemoScan", "Progress", "lesion_area_mm2", "publish", "
 Progress = Callable[[int, int], None]
 """Called as ``progress(done, total)`` after each scan."""
 
-FORMAT = 1
+FORMAT = 2
 """Part of every digest: raise it when the same configuration starts to give other scans."""
 
 

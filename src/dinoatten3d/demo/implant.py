@@ -121,13 +121,21 @@ def _scans(
             weight = _draw_lesion(brain, masks, config, path.name)
             intensity = float(of_lesion.uniform(*config.intensity))
             spacing_mm = nib.affines.voxel_sizes(brain.affine_ras)
-            tissue = darken(tissue, weight, intensity, 0, spacing_mm, of_lesion)
+            tissue = _on_levels_of(tissue, darken(tissue, weight, intensity, 0, spacing_mm, of_lesion))
             lesion = stored_image((weight > 0.5).astype(np.uint8), brain.affine_ras, brain.axcodes)
         integers = np.rint(tissue / slope).astype(np.int16)
         image = stored_image(integers, brain.affine_ras, brain.axcodes, slope)
         person = people.iloc[index]
         known = {key: person[key] for key in ("age", "sex", "site") if key in person and pd.notna(person[key])}
         yield DemoScan(stem(path), str(person["subject"]), image, lesion, intensity, known)
+
+
+def _on_levels_of(healthy: Array, tissue: Array) -> Array:
+    """Round to the grey levels of the healthy scan: a model could see that a lesion scan has more of them."""
+    levels = np.unique(healthy[healthy > 0])
+    middles = (levels[1:] + levels[:-1]) / 2
+    rounded = levels[np.searchsorted(middles, tissue)]
+    return np.asarray(np.where(healthy > 0, rounded, 0), dtype=np.float32)
 
 
 def _draw_subjects(people: pd.DataFrame, rng: np.random.Generator) -> list[str]:
