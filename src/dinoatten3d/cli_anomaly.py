@@ -7,7 +7,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from dinoatten3d.console import fetch_backbone, progress_bars, say
+from dinoatten3d.console import fetch_same_backbone, progress_bars, say
 from dinoatten3d.errors import ScanError
 from dinoatten3d.options import BackboneName, Classes, Device, Ignore
 
@@ -71,7 +71,7 @@ def score(
     from dinoatten3d.steps_anomaly import keep_scan_anomaly
 
     healthy = open_reference(reference)
-    model = fetch_backbone(backbone or healthy.config["features"]["backbone"]["name"], device)
+    model = fetch_same_backbone(healthy.config["features"]["backbone"], device, backbone)
     failed = 0
     for scan in scans:
         try:
@@ -86,7 +86,7 @@ def score(
             f"(score {answer['score']:.2f})"
         )
         for place in answer["heaviest_slices"]:
-            print(f"  {place['position_mm']:7.1f} mm  {place['score']:.2f} sd")
+            print(f"  {place['plane']:<8} {place['position_mm']:7.1f} mm  {place['score']:.2f} sd")
         for note in answer["notes"]:
             print(f"  note: {note}")
         if out is not None:

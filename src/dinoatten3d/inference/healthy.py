@@ -27,7 +27,8 @@ from dinoatten3d.data.volume import Volume, load_volume
 from dinoatten3d.errors import FeatureError, RunError
 from dinoatten3d.features.backbone import Backbone
 from dinoatten3d.features.extract import embed_slices
-from dinoatten3d.features.store import FeatureStore
+from dinoatten3d.features.reduce import read_reduction, write_reduction
+from dinoatten3d.features.store import REDUCTION, FeatureStore
 from dinoatten3d.files import sha256, write_text
 from dinoatten3d.inference.anomaly import Anomalies, map_slice_scores
 from dinoatten3d.learning.bags import Bags
@@ -85,7 +86,7 @@ class ScanAnomaly:
     def to_dict(self) -> dict[str, Any]:
         """Give what `score` writes as JSON."""
         heaviest = np.argsort(-self.slice_scores, kind="stable")[:HEAVIEST]
-        position_mm = self.slices.position_mm
+        planes, position_mm = self.slices.planes, self.slices.position_mm
         return {
             "scan": str(self.scan),
             "name": stem(self.scan),
@@ -94,7 +95,12 @@ class ScanAnomaly:
             "farther_than": self.farther_than,
             "healthy": self.healthy,
             "heaviest_slices": [
-                {"slice": int(i), "position_mm": float(position_mm[i]), "score": float(self.slice_scores[i])}
+                {
+                    "slice": int(i),
+                    "plane": planes[i],
+                    "position_mm": float(position_mm[i]),
+                    "score": float(self.slice_scores[i]),
+                }
                 for i in heaviest
             ],
             "notes": list(self.notes),
@@ -118,6 +124,8 @@ def write_reference(
     content = [sha256(scan.path) if scan.path.is_file() else "" for scan in bags.scans]
     table = found.table.assign(sha256=content).sort_values("score", ascending=False, kind="stable")
     write_text(folder / SCORES, table.to_csv(index=False))
+    if store.reduction is not None:  # new scans are scored without the feature folder
+        write_reduction(folder / REDUCTION, store.reduction)
     for fold, deviation in enumerate(found.deviations):
         save_file(deviation.tensors(), folder / f"fold-{fold}.safetensors", {"features": store.digest})
 
@@ -164,15 +172,19 @@ def score_scan(reference: HealthyReference, scan: Path, backbone: Backbone) -> S
         RunError: The backbone is another one.
     """
     made_with = reference.config["features"]["backbone"]
-    if made_with["sha256"] != backbone.identity["sha256"]:
-        raise RunError(
-            f"{reference.folder} was made with {made_with['name']} ({made_with['sha256'][:12]}), not "
-            f"{backbone.identity['name']} ({backbone.identity['sha256'][:12]}); pass the same with --backbone"
-        )
+    for part in ("sha256", "position_table", "pixels"):
+        wanted, seen = (identity.get(part, "ImageNet") for identity in (made_with, backbone.identity))
+        if wanted != seen:
+            raise RunError(
+                f"{reference.folder} was made with {made_with['name']} ({part} {wanted[:12]}), not "
+                f"{backbone.identity['name']} ({part} {seen[:12]}); pass the same with --backbone"
+            )
     where = str(reference.folder / CONFIG)
     volume = load_volume(scan)
     slices = take_slices(volume, from_dict(SliceConfig, reference.config["slices"], where))
-    tokens = embed_slices(slices, backbone, from_dict(PatchConfig, reference.config["patches"], where)).patches
+    patches = from_dict(PatchConfig, reference.config["patches"], where)
+    reduction = read_reduction(reference.folder / REDUCTION) if patches.pca else None
+    tokens = embed_slices(slices, backbone, patches, reduction=reduction).patches
     if tokens is None:
         raise FeatureError(f"{where} keeps no patch tokens; run `dinoatten3d anomaly` again")
     own = _row_of(reference.table, scan)
