@@ -15,16 +15,9 @@ from cyclopts import App, Parameter
 from dinoatten3d import __version__
 from dinoatten3d.cli_anomaly import SOME_FAILED, anomaly, score
 from dinoatten3d.cli_audit import audit
+from dinoatten3d.cli_train import train
 from dinoatten3d.cli_weights import weights_app
-from dinoatten3d.config import (
-    EvaluationConfig,
-    LossConfig,
-    ModelConfig,
-    PatchConfig,
-    Recipe,
-    SliceConfig,
-    TrainingConfig,
-)
+from dinoatten3d.config import PatchConfig, SliceConfig
 from dinoatten3d.console import config_layers, fetch_backbone, predictions, print_verdict, progress_bars, say
 from dinoatten3d.errors import DinoAtten3DError
 from dinoatten3d.options import BackboneName, Classes, ConfigFile, Device, Ignore, Positions, RecipeName
@@ -135,52 +128,6 @@ def extract(
 
 
 @app.command
-def train(
-    cohort: Path,
-    *,
-    features: Path,
-    target: str,
-    out: Path,
-    classes: Classes = [],  # noqa: B006  cyclopts reads the default
-    ignore: Ignore = [],  # noqa: B006
-    recipe: RecipeName = "default",
-    config: ConfigFile = None,
-    model: ModelConfig | None = None,
-    loss: LossConfig | None = None,
-    training: TrainingConfig | None = None,
-    evaluation: EvaluationConfig | None = None,
-) -> None:
-    """Cross-validate a recipe by subject, compare it with the simplest baselines and write a run with its report.
-
-    Args:
-        cohort: The table or BIDS folder that the features were extracted from.
-        features: A feature folder made by `extract`.
-        target: Column with the label.
-        out: Run folder to make; an existing one is never overwritten.
-    """
-    from dinoatten3d.data.cohort import read_cohort
-    from dinoatten3d.features.store import open_store
-    from dinoatten3d.steps import train_run
-
-    table = read_cohort(cohort, target=target, classes=classes, ignore=ignore)
-    store = open_store(features)
-    with progress_bars() as bar:
-        run = train_run(
-            table,
-            store,
-            out,
-            recipe=Recipe(
-                model=model or ModelConfig(), loss=loss or LossConfig(), training=training or TrainingConfig()
-            ),
-            recipe_name=recipe,
-            evaluation=evaluation or EvaluationConfig(),
-            progress=bar("training"),
-        )
-    print_verdict(run.folder)
-    print(f"report  {run.folder / 'report.html'}")
-
-
-@app.command
 def evaluate(
     run: Path,
     /,
@@ -216,6 +163,9 @@ def evaluate(
     evaluation = evaluate_run(opened, table, open_store(features), out)
     print_verdict(evaluation.folder)
     print(f"report  {evaluation.folder / 'report.html'}")
+
+
+app.command(train)
 
 
 @app.command

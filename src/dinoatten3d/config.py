@@ -1,7 +1,7 @@
 """The configuration: frozen dataclasses that are at once the options, their help and the record of a run.
 
-A recipe is a TOML file with the tables `slices`, `model`, `loss` and `training`; three of them ship with the
-package (`default`, `paper`, `published`). Evaluation is never part of a recipe.
+A recipe is a TOML file with the tables `slices`, `patches`, `model`, `loss`, `training` and `lora`; three of them ship
+with the package (`default`, `paper`, `published`). Evaluation is never part of a recipe.
 """
 
 from __future__ import annotations
@@ -169,6 +169,40 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank matrices beside the linear layers of the backbone's last blocks, trained with attention and head."""
+
+    blocks: int = 2
+    """Last blocks that are adapted; those below stay frozen and are run once a scan."""
+    rank: int = 8
+    """Rank of the matrices, > 0."""
+    alpha: int = 16
+    """The low-rank product is multiplied by alpha / rank."""
+    dropout: float = 0.0
+    """Dropout before the low-rank product, 0 to below 1."""
+    learning_rate: float = 3e-4
+    """AdamW learning rate of the matrices (attention and head have training.learning_rate)."""
+    epochs: int = 10
+    """Passes over the inner training scans at most; before the first, attention and head learn on the frozen tokens."""
+    patience: int = 3
+    """Stop after this many epochs without a better validation score; 0: never."""
+    batch_size: int = 8
+    """Scans in a step, on each device."""
+    accumulation: int = 1
+    """Parts in which a batch passes the blocks, which saves memory; the loss and its gradient are the same."""
+    slices: int = 0
+    """Slices of a scan in a step, drawn anew each time; 0: all."""
+
+    def __post_init__(self) -> None:
+        for name in ("blocks", "rank", "epochs", "batch_size", "accumulation"):
+            _at_least(f"lora.{name}", getattr(self, name), 1)
+        for name in ("patience", "slices"):
+            _at_least(f"lora.{name}", getattr(self, name), 0)
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"lora.dropout is {self.dropout}; it must be 0 or more and below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Everything that makes a model except the data, the folds and the seed."""
 
@@ -182,6 +216,24 @@ class Recipe:
     """Composite loss."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """Optimisation."""
+    adapt: Literal["none", "lora"] = "none"
+    """Leave the backbone as it is, or adapt its last blocks inside each outer fold (without shuffled labels)."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """How, with adapt 'lora'."""
+
+    def __post_init__(self) -> None:
+        if self.adapt not in ("none", "lora"):
+            raise ConfigError(f"adapt is '{self.adapt}'; it must be none or lora")
+        if self.adapt == "lora" and self.model.pooling == "deviation":
+            raise ConfigError(
+                "adapt 'lora' trains through the slice attention, and pooling 'deviation' has nothing to train; "
+                "add --model.pooling attention"
+            )
+        if self.adapt == "lora" and self.model.slice_features != "cls":
+            raise ConfigError(
+                f"adapt 'lora' goes through the CLS token, and model.slice_features is '{self.model.slice_features}'; "
+                "leave it at cls"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

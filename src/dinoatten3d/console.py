@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from dinoatten3d.features.verify import Comparison
     from dinoatten3d.inference.predict import Prediction
 
-RECIPE_TABLES = {"extract": ("slices", "patches"), "train": ("model", "loss", "training")}
+RECIPE_TABLES = {"extract": ("slices", "patches"), "train": ("model", "loss", "training", "adapt", "lora")}
 """Which of a recipe's tables are options of which command."""
 
 EFFECT_SIGNS = {"epsilon squared": "ε²", "Cramér's V": "V"}

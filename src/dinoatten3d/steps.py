@@ -35,10 +35,12 @@ from dinoatten3d.evaluation.external import (
 )
 from dinoatten3d.evaluation.judge import judge
 from dinoatten3d.evaluation.metrics import score
+from dinoatten3d.features.backbone import Backbone
 from dinoatten3d.features.store import Features, FeatureStore
 from dinoatten3d.files import whole_folder, write_json, write_text
 from dinoatten3d.inference.explain import deviation_map, explain, slice_weight_map
 from dinoatten3d.inference.predict import Prediction
+from dinoatten3d.learning.adapt import cross_validate_adapted
 from dinoatten3d.learning.bags import Bags, load_bags
 from dinoatten3d.learning.fit import CrossValidation, Scored, cross_validate, fold_jobs
 from dinoatten3d.learning.run import Run, now, open_run, run_config, write_run
@@ -63,9 +65,12 @@ def train_run(
     recipe_name: str,
     evaluation: EvaluationConfig,
     note: str = "",
+    backbone: Backbone | None = None,
     progress: Progress = lambda done, total: None,
 ) -> Run:
     """Cross-validate a recipe and its baselines on a cohort, and leave a run folder with its report.
+
+    A recipe that adapts the backbone needs it, and trains one member.
 
     Raises:
         RunError: `out` exists.
@@ -75,9 +80,18 @@ def train_run(
         raise RunError(f"{out} exists; choose another --out or remove it (a run is never overwritten)")
     bags = load_bags(cohort, store, layers=recipe.model.layers)
     shuffles = evaluation.shuffles
-    result = cross_validate(
-        bags, recipe, evaluation, progress=lambda done, total: progress(done, total * (shuffles + 1))
-    )
+    if recipe.adapt == "lora":
+        if backbone is None:
+            raise RunError("this recipe adapts the backbone; pass the one that made the features")
+        recipe = replace(recipe, training=replace(recipe.training, members=1))
+        evaluation = replace(evaluation, shuffles=0)  # each would adapt anew: days where the run takes hours
+        result = cross_validate_adapted(
+            bags, store, backbone, recipe, evaluation, scratch=out.parent, progress=progress
+        )
+    else:
+        result = cross_validate(
+            bags, recipe, evaluation, progress=lambda done, total: progress(done, total * (shuffles + 1))
+        )
     config = run_config(
         name=out.name,
         recipe_name=recipe_name,
@@ -146,6 +160,8 @@ def evaluate_run(run: Run, cohort: Cohort, store: FeatureStore, out: Path) -> Ru
     """
     if run.evaluates is not None:
         raise RunError(f"{run.folder} is an evaluation and has no models of its own; give {run.evaluates}")
+    if run.recipe.adapt == "lora":
+        raise RunError(f"{run.folder} adapted its backbone, and features are of the frozen one; use `predict` on scans")
     if out.exists():
         raise RunError(f"{out} exists; choose another --out or remove it (a run is never overwritten)")
     refuse_other_features(run, store)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from dinoatten3d.evaluation.decisions import Decisions, decide, read_calibration
 from dinoatten3d.features.backbone import Backbone
 from dinoatten3d.features.extract import embed_slices
 from dinoatten3d.files import sha256
-from dinoatten3d.learning.bags import choose_layers, one_bag
+from dinoatten3d.learning.adapter import embed_entries, enter, read_adapter
+from dinoatten3d.learning.bags import Bags, choose_layers, one_bag
 from dinoatten3d.learning.run import Run
 
 
@@ -135,18 +137,20 @@ def predict(run: Run, scan: Path, backbone: Backbone) -> Prediction:
     notes = list(volume.notes)
     models, calibrations = run.models(), read_calibrations(run)
     held_out_in = _folds_of(run, scan)
+    folds = held_out_in or list(range(len(models)))
+    models = [models[fold] for fold in folds]
     if held_out_in:
-        models = [models[fold] for fold in held_out_in]
-        calibrations = [calibrations[fold] for fold in held_out_in] if calibrations else None
-        folds = ", ".join(map(str, held_out_in))
-        notes.append(f"this scan is in the training cohort: only models that never saw it answer (fold {folds})")
+        calibrations = [calibrations[fold] for fold in folds] if calibrations else None
+        numbers = ", ".join(map(str, held_out_in))
+        notes.append(f"this scan is in the training cohort: only models that never saw it answer (fold {numbers})")
     elif held_out_in is not None:
         notes.append("this scan was trained on by every model: its answer says nothing about how good they are")
     bag = one_bag(Scan(id=stem(scan), path=scan, subject="", row=0), features, run.classes)
     by_fold, weights, maps = [], [], []
     notes += sorted({note for model in models for note in model.notes()})
-    for model in models:
-        seen = model.look(bag)
+    bags = [bag] * len(folds) if run.recipe.adapt == "none" else _adapted(run, folds, bag, slices, backbone)
+    for model, own in zip(models, bags, strict=True):
+        seen = model.look(own)
         by_fold.append(seen.probabilities[0])
         weights.append(seen.weights[0])
         if seen.patch_maps is not None:
@@ -164,6 +168,14 @@ def predict(run: Run, scan: Path, backbone: Backbone) -> Prediction:
         volume=volume,
         notes=tuple(notes),
     )
+
+
+def _adapted(run: Run, folds: Sequence[int], bag: Bags, slices: Slices, backbone: Backbone) -> list[Bags]:
+    """Give the bag as the backbone of each of these folds sees it."""
+    config = run.recipe.lora
+    entry = enter(backbone, slices.pixels, config.blocks)
+    adapters = (read_adapter(run.folder / f"fold-{fold}" / "adapter", backbone, config) for fold in folds)
+    return [replace(bag, features=embed_entries(upper, [entry])) for upper in adapters]
 
 
 def _folds_of(run: Run, scan: Path) -> list[int] | None:

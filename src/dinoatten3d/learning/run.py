@@ -31,13 +31,14 @@ from dinoatten3d.errors import RunError
 from dinoatten3d.features.reduce import Reduction, read_reduction, write_reduction
 from dinoatten3d.features.store import REDUCTION, FeatureStore
 from dinoatten3d.files import sha256, whole_folder, write_json, write_text
+from dinoatten3d.learning.adapt import AdaptedFold
 from dinoatten3d.learning.bags import Bags
 from dinoatten3d.learning.deviation_model import DeviationModel
 from dinoatten3d.learning.fit import CrossValidation, FittedFold, FoldModel
 from dinoatten3d.learning.model import SliceAttentionNet
 
 FORMAT_VERSION = 3
-PACKAGES = ("torch", "transformers", "numpy", "scipy", "scikit-learn", "pandas", "nibabel")
+PACKAGES = ("torch", "transformers", "numpy", "scipy", "scikit-learn", "pandas", "nibabel", "peft", "accelerate")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,7 +233,7 @@ def acting_settings(recipe: Recipe) -> dict[str, Any]:
     if recipe.model.pooling == "deviation":
         model = {name: tables["model"][name] for name in ("pooling", "layers")}
         return {"slices": tables["slices"], "patches": tables["patches"], "model": model}
-    return tables
+    return tables if recipe.adapt == "lora" else {k: v for k, v in tables.items() if k != "lora"}
 
 
 def splits_table(bags: Bags, folds: NDArray[np.int64]) -> pd.DataFrame:
@@ -266,6 +267,8 @@ def probability_table(bags: Bags, probabilities: NDArray[np.float64], folds: NDA
 
 def _write_model(place: Path, fitted: FittedFold, header: dict[str, str]) -> None:
     save_file(fitted.model.tensors(), place / "model.safetensors", header)
+    if isinstance(fitted, AdaptedFold):
+        fitted.write(place)
     lines = [json.dumps(row) for row in fitted.history]
     if lines:
         write_text(place / "history.jsonl", "\n".join(lines) + "\n")
