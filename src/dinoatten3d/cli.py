@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,6 +16,7 @@ from cyclopts import App, Parameter
 from dinoatten3d import __version__
 from dinoatten3d.cli_anomaly import SOME_FAILED, anomaly, score
 from dinoatten3d.cli_audit import audit
+from dinoatten3d.cli_compare import compare
 from dinoatten3d.cli_weights import weights_app
 from dinoatten3d.config import (
     EvaluationConfig,
@@ -35,10 +37,10 @@ app = App(
     help="Slice attention over frozen DINOv2 features for 3D brain MRI. For research, not for diagnosis.",
 )
 app.command(weights_app)
-
 app.command(audit)
 app.command(anomaly)
 app.command(score)
+app.command(compare)
 
 
 @app.command
@@ -149,6 +151,7 @@ def train(
     loss: LossConfig | None = None,
     training: TrainingConfig | None = None,
     evaluation: EvaluationConfig | None = None,
+    learning_curve: bool = False,
 ) -> None:
     """Cross-validate a recipe by subject, compare it with the simplest baselines and write a run with its report.
 
@@ -157,13 +160,14 @@ def train(
         features: A feature folder made by `extract`.
         target: Column with the label.
         out: Run folder to make; an existing one is never overwritten.
+        learning_curve: Short for --evaluation.learning-curve.
     """
     from dinoatten3d.data.cohort import read_cohort
     from dinoatten3d.features.store import open_store
     from dinoatten3d.steps import train_run
 
     table = read_cohort(cohort, target=target, classes=classes, ignore=ignore)
-    store = open_store(features)
+    store, judged = open_store(features), evaluation or EvaluationConfig()
     with progress_bars() as bar:
         run = train_run(
             table,
@@ -173,7 +177,7 @@ def train(
                 model=model or ModelConfig(), loss=loss or LossConfig(), training=training or TrainingConfig()
             ),
             recipe_name=recipe,
-            evaluation=evaluation or EvaluationConfig(),
+            evaluation=replace(judged, learning_curve=True) if learning_curve else judged,
             progress=bar("training"),
         )
     print_verdict(run.folder)
