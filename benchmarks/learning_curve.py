@@ -78,6 +78,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draws", type=int, default=60)
     parser.add_argument("--scans", type=int, nargs="+", default=[40, 80, 160])
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--best", type=float, nargs="+", default=[0.95, 0.5], help="AUROC of the best linear score")
     options = parser.parse_args()
     print("| best | scans | followed | times | truth | extrapolated, mean | sd | band holds truth | seconds a cohort |")
@@ -89,7 +90,7 @@ def main() -> None:
             started = time.monotonic()
             curves = []
             for draw in range(options.draws):
-                bags = synthetic_bags(scans, delta, np.random.default_rng([draw, scans]))
+                bags = synthetic_bags(scans, delta, np.random.default_rng([options.seed, draw, scans]))
                 curves.append(one_curve(bags, EvaluationConfig(seed=draw, bootstrap=400)))
             seconds = (time.monotonic() - started) / options.draws
             for number, times in enumerate((2, 4)):

@@ -265,12 +265,13 @@ def _needed(curve: Curve, bags: Bags, half_width: float) -> dict[str, Any]:
         return {"half_width": half_width, "subjects_now": now, "subjects": None, "sentence": said}
 
     def auroc_at(subjects: int) -> float:
+        most = 1 - 1 / (2 * few / now * subjects)  # a perfect AUROC would promise an interval without width
         if law is None or not curve.ahead:
-            return last["value"]
+            return min(last["value"], most)
         scans = min(subjects / now * last["scans"], curve.ahead[-1]["scans"])
-        return float(law["a"] - law["b"] * scans ** -law["c"])
+        return min(float(law["a"] - law["b"] * scans ** -law["c"]), most)
 
-    now_half = auroc_half_width(few, now - few, last["value"])
+    now_half = auroc_half_width(few, now - few, auroc_at(now))
     wanted = now if now_half <= half_width else subjects_needed(half_width, few / now, auroc_at, at_least=now)
     said = f"The {now} subjects of this cohort let a 95 % interval of the AUROC of ±{now_half:.2f} be expected"
     if wanted != now:

@@ -20,8 +20,9 @@ EXPONENTS = np.geomspace(0.1, 3, 40)
 """Values of c that the fit tries."""
 FEWEST_POINTS = 4
 """A law of three numbers needs more points than that."""
-WIDEST = 0.2
-"""An extrapolated interval wider than this is of no use to a reader."""
+WIDEST = 0.3
+"""An extrapolated band wider than this is of no use. A stricter bound would be worse: it keeps the lucky cohorts, whose
+curves lead too high (docs/log.md)."""
 MOST_SUBJECTS = 100_000
 
 
