@@ -100,7 +100,7 @@ def main() -> None:
                     truth = true_auroc(round(ahead[0]["scans"]), delta, np.random.default_rng(1))
                     value = np.array([place["value"] for place in ahead])
                     held = np.mean([place["low"] <= truth <= place["high"] for place in ahead])
-                    shown += f"| {truth:.3f} | {value.mean():.3f} | {value.std(ddof=1):.3f} | {100 * held:.0f} % "
+                    shown += f"| {truth:.3f} | {value.mean():.3f} | {value.std():.3f} | {100 * held:.0f} % "
                 else:
                     shown += "| - | - | - | - "
                 print(f"{shown}| {seconds:.1f} |", flush=True)
