@@ -42,7 +42,7 @@ def synthetic_bags(scans: int, delta: np.ndarray, rng: np.random.Generator) -> B
         position_mm=np.zeros((scans, SLICES)),
         brain_ml=np.ones(scans),
         classes=("0", "1"),
-        plane="axial",
+        planes=("axial",) * SLICES,
         tokens=(None,) * scans,
     )
 

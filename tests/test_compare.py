@@ -15,8 +15,7 @@ from sklearn.metrics import roc_auc_score
 from dinoatten3d.errors import RunError
 from dinoatten3d.evaluation.compare import compare_runs
 from dinoatten3d.learning.run import FORMAT_VERSION, open_run
-from dinoatten3d.report.comparison import comparison_lines, comparison_page
-from dinoatten3d.steps import compare_folders
+from dinoatten3d.report.comparison import compare_folders, comparison_lines, comparison_page
 
 CLASSES = ("NL", "AD")
 FOLDS = 4

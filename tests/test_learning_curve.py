@@ -37,7 +37,7 @@ def cohort(scans: int = 120, scans_a_subject: int = 2) -> Bags:
         position_mm=np.zeros((scans, 1)),
         brain_ml=np.ones(scans),
         classes=("0", "1"),
-        plane="axial",
+        planes=("axial",),
         tokens=(None,) * scans,
     )
 
