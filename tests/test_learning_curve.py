@@ -156,7 +156,7 @@ def test_few_points_and_a_wide_band_are_no_ground_to_go_on() -> None:
     at_all = Interval(auroc[-1], auroc[-1] - 0.02, auroc[-1] + 0.02)
     assert "4 are needed" in why_not_extrapolate(SCANS[2:], at_all, draws[:, 2:], None)
     assert why_not_extrapolate(SCANS, at_all, draws, fit_power_law(SCANS, auroc, draws)) == ""
-    noisy = np.clip(auroc + rng.normal(0, 1, (200, 1)) * (0.02 * np.arange(5)), 0, 1)
+    noisy = np.clip(auroc + rng.normal(0, 1, (200, 1)) * (0.035 * np.arange(5)), 0, 1)
     noisy[:, -1] = np.maximum(noisy[:, -1], noisy[:, 0] + 0.01)
     assert "band would reach" in why_not_extrapolate(SCANS, at_all, noisy, fit_power_law(SCANS, auroc, noisy))
 
