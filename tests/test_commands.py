@@ -466,6 +466,30 @@ def test_a_damaged_or_foreign_reference_is_one_sentence(call, healthy: Path, tra
     assert "is damaged" in torn.err
 
 
+def test_a_learning_curve_is_kept_and_drawn_and_runs_are_compared(
+    call, trained: Path, cohort_folder: Path, tmp_path: Path
+) -> None:
+    given = ("train", cohort_folder / "cohort.csv", "--features", features_of(trained), "--target", "DX", *QUICK)
+    result = call(*given, "--out", tmp_path / "r", "--learning-curve", "--evaluation.shuffles", 0)
+    assert result.code == 0, result.err
+    curve = json.loads((tmp_path / "r" / "learning_curve.json").read_text())
+    assert [c["name"] for c in curve["curves"]] == ["default", "mean pooling"]
+    assert "20 % of the training subjects were left out" in curve["notes"][0]
+    metrics = json.loads((tmp_path / "r" / "metrics.json").read_text())
+    for own, model in zip(curve["curves"], (metrics["models"][0], metrics["models"][4]), strict=True):
+        assert own["points"][-1]["value"] == pytest.approx(model["pooled"]["auroc"]["value"])
+    assert "Would more scans help?" in (tmp_path / "r" / "report.html").read_text()
+    assert "Would more scans help?" not in (trained / "run" / "report.html").read_text()
+
+    result = call("compare", trained / "run", tmp_path / "r", "--out", tmp_path / "c", "--baselines")
+    assert result.code == 0, result.err
+    assert "run and r are not shown to differ" in result.out
+    assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["comparison.html", "comparison.json"]
+    assert call("compare", trained / "run").code == 2
+    twice = call("compare", trained / "run", trained / "run")
+    assert (twice.code, "is given twice" in twice.err) == (2, True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_extract_leaves_whole_files_and_goes_on(

@@ -15,6 +15,7 @@ from cyclopts import App, Parameter
 from dinoatten3d import __version__
 from dinoatten3d.cli_anomaly import SOME_FAILED, anomaly, score
 from dinoatten3d.cli_audit import audit
+from dinoatten3d.cli_compare import compare
 from dinoatten3d.cli_train import train
 from dinoatten3d.cli_weights import weights_app
 from dinoatten3d.config import PatchConfig, SliceConfig
@@ -28,10 +29,10 @@ app = App(
     help="Slice attention over frozen DINOv2 features for 3D brain MRI. For research, not for diagnosis.",
 )
 app.command(weights_app)
-
 app.command(audit)
 app.command(anomaly)
 app.command(score)
+app.command(compare)
 
 
 @app.command

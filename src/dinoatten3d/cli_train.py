@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -26,6 +27,7 @@ def train(
     adapt: Literal["none", "lora"] = "none",
     lora: LoraConfig | None = None,
     evaluation: EvaluationConfig | None = None,
+    learning_curve: bool = False,
     backbone: BackboneName = None,
     device: Device = "cpu",
 ) -> None:
@@ -36,6 +38,7 @@ def train(
         features: A feature folder made by `extract`.
         target: Column with the label.
         out: Run folder to make; an existing one is never overwritten.
+        learning_curve: Short for --evaluation.learning-curve.
         adapt: Leave the backbone as it is, or adapt its last blocks inside each outer fold (slow without a GPU).
     """
     from dinoatten3d.data.cohort import read_cohort
@@ -50,7 +53,7 @@ def train(
         lora=lora or LoraConfig(),
     )
     table = read_cohort(cohort, target=target, classes=classes, ignore=ignore)
-    store = open_store(features)
+    store, judged = open_store(features), evaluation or EvaluationConfig()
     encoder = fetch_same_backbone(store.backbone, device, backbone) if adapt == "lora" else None
     with progress_bars() as bar:
         run = train_run(
@@ -59,7 +62,7 @@ def train(
             out,
             recipe=made,
             recipe_name=recipe,
-            evaluation=evaluation or EvaluationConfig(),
+            evaluation=replace(judged, learning_curve=True) if learning_curve else judged,
             backbone=encoder,
             progress=bar("training"),
         )

@@ -256,6 +256,10 @@ class EvaluationConfig:
     """Sensitivity wanted of the decision threshold; 0: the largest sum of sensitivity and specificity (Youden)."""
     alpha: float = 0.1
     """Share of each class that may fall outside its conformal prediction sets."""
+    learning_curve: bool = False
+    """Train on growing shares of the subjects too, and extrapolate to larger cohorts (about four runs more)."""
+    wanted_half_width: float = 0.05
+    """Half the width of the AUROC's 95 % interval that the next cohort should reach, above 0 and below 0.5."""
 
     def __post_init__(self) -> None:
         _at_least("evaluation.folds", self.folds, 2)
@@ -266,6 +270,10 @@ class EvaluationConfig:
             raise ConfigError(f"evaluation.sensitivity is {self.sensitivity}; it must lie between 0 and 1")
         if not 0 < self.alpha < 1:
             raise ConfigError(f"evaluation.alpha is {self.alpha}; it must lie between 0 and 1")
+        if not 0 < self.wanted_half_width < 0.5:
+            raise ConfigError(
+                f"evaluation.wanted_half_width is {self.wanted_half_width}; it must be above 0 and below 0.5"
+            )
         if self.split != "folds" and self.repeats > 1:
             raise ConfigError(f"evaluation.repeats is {self.repeats}, but split '{self.split}' has one partition only")
 

@@ -34,6 +34,7 @@ from dinoatten3d.evaluation.external import (
     shuffled_external,
 )
 from dinoatten3d.evaluation.judge import judge
+from dinoatten3d.evaluation.learning_curve import learning_curve
 from dinoatten3d.evaluation.metrics import score
 from dinoatten3d.features.backbone import Backbone
 from dinoatten3d.features.store import Features, FeatureStore
@@ -124,6 +125,11 @@ def train_run(
             progress=lambda done, total: progress(done + total // shuffles, total + total // shuffles),
         ),
     }
+    extras = {"controls.json": controls, "audit.json": audit_bags(cohort, bags, evaluation).to_dict()}
+    if evaluation.learning_curve:
+        extras["learning_curve.json"] = learning_curve(
+            bags, recipe, recipe_name, evaluation, result, progress=progress
+        ).to_dict()
     run = write_run(
         out,
         bags,
@@ -131,8 +137,7 @@ def train_run(
         store=store,
         config=config,
         baselines=run_baselines(bags, result.folds, cohort.target),
-        extras={"controls.json": controls, "audit.json": audit_bags(cohort, bags, evaluation).to_dict()}
-        | _decisions(bags, result, evaluation),
+        extras=extras | _decisions(bags, result, evaluation),
     )
     report_run(run.folder)
     return run

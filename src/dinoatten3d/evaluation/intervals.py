@@ -39,6 +39,7 @@ __all__ = [
     "check_level",
     "delong",
     "delong_interval",
+    "interval_around",
     "subject_weights",
     "weighted_scores",
 ]
@@ -90,17 +91,26 @@ def bootstrap_intervals(
         RunError: The arrays are no predictions, or differ in length.
         ConfigError: `level` is not between 0 and 1.
     """
-    z = _normal_quantile(level)
     values = vars(score(labels, probabilities, decisions))
     weights = subject_weights(labels, subjects, replicates=replicates, seed=seed)
     drawn = weighted_scores(labels, probabilities, weights, decisions)
     fewest = min(len(np.unique(subjects[labels == k])) for k in np.unique(labels))
     return {
-        name: _wilson_interval(value, fewest, z)
-        if min(value, 1 - value) < 1e-9
-        else _log_odds_interval(value, float(drawn[name].std(ddof=1)), z)
+        name: interval_around(value, float(drawn[name].std(ddof=1)), fewest=fewest, level=level)
         for name, value in values.items()
     }
+
+
+def interval_around(value: float, spread: float, *, fewest: int, level: float = 0.95) -> Interval:
+    """Interval of a figure between 0 and 1 from its standard error, symmetric on the log-odds scale.
+
+    A figure of exactly 0 or 1 has no error of its own; it gets Wilson's interval of `fewest` trials, the number of
+    subjects in the smallest class.
+    """
+    z = _normal_quantile(level)
+    if min(value, 1 - value) < 1e-9:
+        return _wilson_interval(value, fewest, z)
+    return _log_odds_interval(value, spread, z)
 
 
 def subject_weights(

@@ -16,6 +16,7 @@ from dinoatten3d.files import write_text
 from dinoatten3d.report import figures
 from dinoatten3d.report.audit_page import audit_figure
 from dinoatten3d.report.cases import CaseSlices, choose_cases, png_uri
+from dinoatten3d.report.curve_figure import learning_curve_figure
 from dinoatten3d.report.drawing import to_svg
 from dinoatten3d.report.page import NOTHING, number, templates
 from dinoatten3d.report.record import Record, probabilities_of, read_record
@@ -58,6 +59,7 @@ def write_report(run: Path, *, thumbnails: Mapping[str, CaseSlices] | None = Non
             cohort=_cohort_rows(record.cohort, record.classes),
             figures=_draw(record),
             cases=_case_rows(record, thumbnails or {}),
+            learning_curve=record.learning_curve,
             audit=_audit(record),
             audited=record.audit,
             audit_figure=audit_figure(record.audit) if record.audit else "",
@@ -164,7 +166,7 @@ def _audit(record: Record) -> dict[str, Any]:
 
 
 def _draw(record: Record) -> dict[str, Markup]:
-    """All figures of the report by name; `loss` is absent where no history was kept."""
+    """All figures of the report by name; `loss` and `learning_curve` are absent where they were not recorded."""
     drawn = _prediction_figures(record) | _comparison_figures(record)
     drawn["attention"] = (
         attention_profile_figure(record.attention, record.classes),
@@ -174,6 +176,10 @@ def _draw(record: Record) -> dict[str, Markup]:
         epochs = record.history["epoch"].max()
         caption = f"Training and inner validation loss of every fold against epoch, up to epoch {epochs:.0f}."
         drawn["loss"] = (figures.loss_figure(record.history), caption)
+    if record.learning_curve:
+        curves = record.learning_curve["curves"]
+        told = " ".join(curve["sentence"] for curve in curves)
+        drawn["learning_curve"] = (learning_curve_figure(curves), f"AUROC against training scans. {told}")
     return {name: to_svg(figure, name, text) for name, (figure, text) in drawn.items()}
 
 

@@ -17,6 +17,7 @@ from dinoatten3d.errors import ConfigError, RunError
 from dinoatten3d.evaluation.metrics import check_predictions
 from dinoatten3d.learning.run import FORMAT_VERSION
 
+CURVE = "learning_curve.json"
 _NUMBERS = ("repeat", "fold", "age", "brain_ml", "slice", "position_mm", "weight")
 _HISTORY = ("train_loss", "validation_loss", "validation_auroc")
 
@@ -36,6 +37,7 @@ class Record:
         baselines: The same for every baseline, named in `model`; empty where none was run.
         attention: One row a slice: scan_id, fold, label, slice, plane, position_mm, weight.
         audit: `audit.json`; None in a run that has none.
+        learning_curve: `learning_curve.json`; empty where none was drawn.
         history: One row an epoch: fold, member, epoch, train_loss, validation_loss, chosen; may be empty.
     """
 
@@ -48,6 +50,7 @@ class Record:
     predictions: pd.DataFrame
     baselines: pd.DataFrame
     attention: pd.DataFrame
+    learning_curve: dict[str, Any]
     history: pd.DataFrame
     audit: dict[str, Any] | None = None
 
@@ -79,6 +82,7 @@ def read_record(folder: Path) -> Record:
         predictions=_table(folder, "predictions.csv", (*probabilities, "predicted")),
         baselines=_baselines(folder, ("model", *probabilities)),
         attention=_table(folder, "attention.csv", ("scan_id", "label", "plane", "position_mm", "weight")),
+        learning_curve=_json(folder, CURVE) if (folder / CURVE).exists() else {},
         history=_history(folder),
         audit=_json(folder, "audit.json") if (folder / "audit.json").exists() else None,
     )
