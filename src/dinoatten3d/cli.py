@@ -17,6 +17,7 @@ from dinoatten3d.cli_anomaly import SOME_FAILED, anomaly, score
 from dinoatten3d.cli_audit import audit
 from dinoatten3d.cli_weights import weights_app
 from dinoatten3d.config import (
+    AdjustConfig,
     EvaluationConfig,
     LossConfig,
     ModelConfig,
@@ -27,7 +28,7 @@ from dinoatten3d.config import (
 )
 from dinoatten3d.console import config_layers, fetch_backbone, predictions, print_verdict, progress_bars, say
 from dinoatten3d.errors import DinoAtten3DError
-from dinoatten3d.options import BackboneName, Classes, ConfigFile, Device, Ignore, Positions, RecipeName
+from dinoatten3d.options import BackboneName, Classes, ConfigFile, Covariates, Device, Ignore, Positions, RecipeName
 
 app = App(
     name="dinoatten3d",
@@ -148,6 +149,7 @@ def train(
     model: ModelConfig | None = None,
     loss: LossConfig | None = None,
     training: TrainingConfig | None = None,
+    adjust: AdjustConfig | None = None,
     evaluation: EvaluationConfig | None = None,
 ) -> None:
     """Cross-validate a recipe by subject, compare it with the simplest baselines and write a run with its report.
@@ -170,7 +172,10 @@ def train(
             store,
             out,
             recipe=Recipe(
-                model=model or ModelConfig(), loss=loss or LossConfig(), training=training or TrainingConfig()
+                model=model or ModelConfig(),
+                loss=loss or LossConfig(),
+                training=training or TrainingConfig(),
+                adjust=adjust or AdjustConfig(),
             ),
             recipe_name=recipe,
             evaluation=evaluation or EvaluationConfig(),
@@ -237,6 +242,7 @@ def predict(
     /,
     *,
     out: Path | None = None,
+    covariate: Covariates = [],  # noqa: B006
     backbone: BackboneName = None,
     device: Device = "cpu",
 ) -> int:
@@ -250,7 +256,7 @@ def predict(
     from dinoatten3d.files import write_json
 
     answers, failed = [], 0
-    for prediction in predictions(run, scans, backbone, device):
+    for prediction in predictions(run, scans, covariate, backbone, device):
         if isinstance(prediction, str):
             failed += 1
             continue
@@ -281,6 +287,7 @@ def explain(
     /,
     *,
     out: Path | None = None,
+    covariate: Covariates = [],  # noqa: B006
     backbone: BackboneName = None,
     device: Device = "cpu",
 ) -> int:
@@ -296,7 +303,7 @@ def explain(
     failed = 0
     for scan in scans:
         explanation_folder(scan, out or run / "explain")
-    for prediction in predictions(run, scans, backbone, device):
+    for prediction in predictions(run, scans, covariate, backbone, device):
         if isinstance(prediction, str):
             failed += 1
         else:
