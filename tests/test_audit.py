@@ -18,11 +18,12 @@ from sklearn.linear_model import LogisticRegression
 
 from conftest import head, shared
 from dinoatten3d.data.cohort import Cohort, Scan, read_cohort
+from dinoatten3d.data.covariates import covariate_matrix, covariate_table
 from dinoatten3d.data.header import Header, read_header
 from dinoatten3d.data.inspect import Inspection, Voxels, inspect_scan
 from dinoatten3d.evaluation.audit import Audit, audit
 from dinoatten3d.evaluation.confounds import associations, confound_findings
-from dinoatten3d.evaluation.covariates import covariate_matrix, covariate_probabilities, covariate_table
+from dinoatten3d.evaluation.covariates import covariate_probabilities
 from dinoatten3d.evaluation.duplicates import near_duplicates
 from dinoatten3d.evaluation.intervals import delong_interval
 from dinoatten3d.evaluation.power import smallest_auroc

@@ -21,7 +21,7 @@ from dinoatten3d.cli_weights import weights_app
 from dinoatten3d.config import PatchConfig, SliceConfig
 from dinoatten3d.console import config_layers, fetch_backbone, predictions, print_verdict, progress_bars, say
 from dinoatten3d.errors import DinoAtten3DError
-from dinoatten3d.options import BackboneName, Classes, ConfigFile, Device, Ignore, Positions, RecipeName
+from dinoatten3d.options import BackboneName, Classes, ConfigFile, Covariates, Device, Ignore, Positions, RecipeName
 
 app = App(
     name="dinoatten3d",
@@ -188,6 +188,7 @@ def predict(
     /,
     *,
     out: Path | None = None,
+    covariate: Covariates = [],  # noqa: B006
     backbone: BackboneName = None,
     device: Device = "cpu",
 ) -> int:
@@ -201,7 +202,7 @@ def predict(
     from dinoatten3d.files import write_json
 
     answers, failed = [], 0
-    for prediction in predictions(run, scans, backbone, device):
+    for prediction in predictions(run, scans, covariate, backbone, device):
         if isinstance(prediction, str):
             failed += 1
             continue
@@ -232,6 +233,7 @@ def explain(
     /,
     *,
     out: Path | None = None,
+    covariate: Covariates = [],  # noqa: B006
     backbone: BackboneName = None,
     device: Device = "cpu",
 ) -> int:
@@ -247,7 +249,7 @@ def explain(
     failed = 0
     for scan in scans:
         explanation_folder(scan, out or run / "explain")
-    for prediction in predictions(run, scans, backbone, device):
+    for prediction in predictions(run, scans, covariate, backbone, device):
         if isinstance(prediction, str):
             failed += 1
         else:

@@ -6,7 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from dinoatten3d.config import EvaluationConfig, LoraConfig, LossConfig, ModelConfig, Recipe, TrainingConfig
+from dinoatten3d.config import (
+    AdjustConfig,
+    EvaluationConfig,
+    LoraConfig,
+    LossConfig,
+    ModelConfig,
+    Recipe,
+    TrainingConfig,
+)
 from dinoatten3d.console import fetch_same_backbone, print_verdict, progress_bars
 from dinoatten3d.options import BackboneName, Classes, ConfigFile, Device, Ignore, RecipeName
 
@@ -26,6 +34,7 @@ def train(
     training: TrainingConfig | None = None,
     adapt: Literal["none", "lora"] = "none",
     lora: LoraConfig | None = None,
+    adjust: AdjustConfig | None = None,
     evaluation: EvaluationConfig | None = None,
     learning_curve: bool = False,
     backbone: BackboneName = None,
@@ -51,6 +60,7 @@ def train(
         training=training or TrainingConfig(),
         adapt=adapt,
         lora=lora or LoraConfig(),
+        adjust=adjust or AdjustConfig(),
     )
     table = read_cohort(cohort, target=target, classes=classes, ignore=ignore)
     store, judged = open_store(features), evaluation or EvaluationConfig()

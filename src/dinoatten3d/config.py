@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeVar, get_args, get_type_hints
 from dinoatten3d.errors import ConfigError
 
 Plane = Literal["axial", "coronal", "sagittal"]
+Covariate = Literal["age", "sex", "site", "head-size"]
 T = TypeVar("T")
 RECIPES = ("default", "paper", "published")
 
@@ -203,6 +204,25 @@ class LoraConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AdjustConfig:
+    """Covariates taken out of the features, with what the training scans of each fold teach (learning/adjust.py)."""
+
+    covariates: tuple[Covariate, ...] = ()
+    """What the features are adjusted for; none: they stay as they are. With combat: site, and what is preserved."""
+    method: Literal["residual", "combat"] = "residual"
+    """Subtract the linear effect of the covariates, or bring sites to one location and scale (ComBat)."""
+
+    def __post_init__(self) -> None:
+        names, known = self.covariates, get_args(Covariate)
+        if not isinstance(names, tuple) or not set(names) <= set(known) or len(set(names)) < len(names):
+            raise ConfigError(f"adjust.covariates is {_shown(names)}; wanted some of {', '.join(known)}, each once")
+        if self.method not in ("residual", "combat"):
+            raise ConfigError(f"adjust.method is '{self.method}'; it must be residual or combat")
+        if names and self.method == "combat" and "site" not in names:
+            raise ConfigError("adjust.method 'combat' harmonises sites; add --adjust.covariates site")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Everything that makes a model except the data, the folds and the seed."""
 
@@ -220,6 +240,8 @@ class Recipe:
     """Leave the backbone as it is, or adapt its last blocks inside each outer fold (without shuffled labels)."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """How, with adapt 'lora'."""
+    adjust: AdjustConfig = field(default_factory=AdjustConfig)
+    """Covariates taken out of the features within each fold."""
 
     def __post_init__(self) -> None:
         if self.adapt not in ("none", "lora"):
@@ -233,6 +255,10 @@ class Recipe:
             raise ConfigError(
                 f"adapt 'lora' goes through the CLS token, and model.slice_features is '{self.model.slice_features}'; "
                 "leave it at cls"
+            )
+        if self.adapt == "lora" and self.adjust.covariates:
+            raise ConfigError(
+                "adapt 'lora' sees the scans and not the features, so nothing can be adjusted; use one of them"
             )
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from dinoatten3d.features.verify import Comparison
     from dinoatten3d.inference.predict import Prediction
 
-RECIPE_TABLES = {"extract": ("slices", "patches"), "train": ("model", "loss", "training", "adapt", "lora")}
+RECIPE_TABLES = {"extract": ("slices", "patches"), "train": ("model", "loss", "training", "adapt", "lora", "adjust")}
 """Which of a recipe's tables are options of which command."""
 
 EFFECT_SIGNS = {"epsilon squared": "ε²", "Cramér's V": "V"}
@@ -99,16 +99,20 @@ def fetch_same_backbone(made_with: Mapping[str, str], device: str = "cpu", inste
     return fetch_backbone(instead or made_with.get("reference", made_with["name"]), device, positions)
 
 
-def predictions(folder: Path, scans: list[Path], backbone: str | None, device: str) -> Iterator[Prediction | str]:
+def predictions(
+    folder: Path, scans: list[Path], covariates: list[str], backbone: str | None, device: str
+) -> Iterator[Prediction | str]:
     """Yield a prediction for each scan, or the reason why there is none (said at once)."""
+    from dinoatten3d.inference.covariates import given_covariates
     from dinoatten3d.inference.predict import predict as run_predict
     from dinoatten3d.learning.run import open_run
 
     run = open_run(folder)
+    given = given_covariates(run, covariates)
     model = fetch_same_backbone(run.config["features"]["backbone_identity"], device, backbone)
     for scan in scans:
         try:
-            yield run_predict(run, scan, model)
+            yield run_predict(run, scan, model, given)
         except ScanError as error:
             say.print(f"failed: {error}", markup=False, style="red")
             yield str(error)

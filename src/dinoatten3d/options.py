@@ -17,6 +17,13 @@ Ignore = Annotated[list[str], Parameter(help="Raw label whose rows are left out;
 BackboneName = Annotated[
     str | None, Parameter(name="--backbone", help="A known name (see `weights list`), a hub id, a folder, or auto.")
 ]
+Covariates = Annotated[
+    list[str],
+    Parameter(
+        name="--covariate",
+        help="What is known of the person, for a run that adjusts for it: age=63, sex=f, site=A. For all scans given.",
+    ),
+]
 Device = Annotated[str, Parameter(help="Where the backbone runs: cpu, cuda, mps.")]
 Positions = Annotated[
     Literal["official", "transformers"],

@@ -42,6 +42,7 @@ from dinoatten3d.files import whole_folder, write_json, write_text
 from dinoatten3d.inference.explain import deviation_map, explain, slice_weight_map
 from dinoatten3d.inference.predict import Prediction
 from dinoatten3d.learning.adapt import cross_validate_adapted
+from dinoatten3d.learning.adjust import refuse_target
 from dinoatten3d.learning.bags import Bags, load_bags
 from dinoatten3d.learning.fit import CrossValidation, Scored, cross_validate, fold_jobs
 from dinoatten3d.learning.run import Run, now, open_run, run_config, write_run
@@ -76,9 +77,11 @@ def train_run(
     Raises:
         RunError: `out` exists.
         FeatureError, CohortError: The features or the classes do not allow it.
+        ConfigError: The features are to be adjusted for the target itself.
     """
     if out.exists():
         raise RunError(f"{out} exists; choose another --out or remove it (a run is never overwritten)")
+    refuse_target(recipe.adjust, cohort.target)
     bags = load_bags(cohort, store, layers=recipe.model.layers)
     shuffles = evaluation.shuffles
     if recipe.adapt == "lora":
@@ -136,7 +139,7 @@ def train_run(
         result,
         store=store,
         config=config,
-        baselines=run_baselines(bags, result.folds, cohort.target),
+        baselines=run_baselines(bags, result.folds, cohort.target, recipe.adjust),
         extras=extras | _decisions(bags, result, evaluation),
     )
     report_run(run.folder)

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinoatten3d.data.cohort import Cohort
+from dinoatten3d.data.covariates import covariate_table
 from dinoatten3d.data.inspect import Inspection
 from dinoatten3d.evaluation.confounds import Association, associations, confound_findings, missing_findings
-from dinoatten3d.evaluation.covariates import covariate_table
 from dinoatten3d.evaluation.duplicates import duplicate_findings
 from dinoatten3d.evaluation.findings import SEVERITIES, Finding
 from dinoatten3d.evaluation.intervals import auroc_half_width

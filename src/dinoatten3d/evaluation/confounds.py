@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from scipy.stats import MonteCarloMethod, chi2_contingency, fisher_exact, kruskal
 from scipy.stats.contingency import association
 
+from dinoatten3d.data.covariates import PERSON, VOXELS, covariate_matrix
 from dinoatten3d.evaluation.comparison import holm
-from dinoatten3d.evaluation.covariates import PERSON, VOXELS, covariate_matrix, covariate_probabilities
+from dinoatten3d.evaluation.covariates import covariate_probabilities
 from dinoatten3d.evaluation.findings import Finding, listed
 from dinoatten3d.evaluation.intervals import Interval, bootstrap_intervals, delong_interval
 

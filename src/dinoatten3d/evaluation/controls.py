@@ -15,10 +15,11 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from dinoatten3d.config import EvaluationConfig, Recipe
+from dinoatten3d.config import AdjustConfig, EvaluationConfig, Recipe
+from dinoatten3d.data.covariates import covariate_matrix, covariate_table
 from dinoatten3d.errors import CohortError
-from dinoatten3d.evaluation.covariates import covariate_matrix, covariate_table
 from dinoatten3d.evaluation.metrics import score
+from dinoatten3d.learning.adjust import fit_adjustment
 from dinoatten3d.learning.bags import Bags
 from dinoatten3d.learning.fit import FittedFold, fit_jobs, fold_jobs
 from dinoatten3d.learning.splits import partition
@@ -26,6 +27,7 @@ from dinoatten3d.learning.stack import Job
 
 Array = NDArray[np.float64]
 Inputs = Callable[[Bags], Array]
+NO_ADJUSTMENT = AdjustConfig()
 
 
 def mean_pooled(bags: Bags) -> Array:
@@ -52,12 +54,17 @@ def head_size(bags: Bags) -> Array:
 
 @dataclass(frozen=True, kw_only=True)
 class Baseline:
-    """A model without the network's attention; `strength` is the inverse C of logistic regression's L2 penalty."""
+    """A model without the network's attention.
+
+    `strength` is the inverse C of logistic regression's L2 penalty; an `image` baseline sees features, which are
+    adjusted as the model's are.
+    """
 
     name: str
     description: str
     inputs: Inputs | None
     strength: float = 1.0
+    image: bool = False
 
 
 def baselines(target: str | None) -> tuple[Baseline, ...]:
@@ -82,37 +89,53 @@ def baselines(target: str | None) -> tuple[Baseline, ...]:
             description="logistic regression (C = 0.01) on the mean over slices",
             inputs=mean_pooled,
             strength=0.01,
+            image=True,
         ),
         Baseline(
             name="max pooling",
             description="logistic regression (C = 0.01) on the maximum over slices",
             inputs=max_pooled,
             strength=0.01,
+            image=True,
         ),
         Baseline(
             name="random attention",
             description="logistic regression (C = 0.01) on slices weighed at random",
             inputs=randomly_attended,
             strength=0.01,
+            image=True,
         ),
     )
 
 
-def run_baselines(bags: Bags, folds: NDArray[np.int64], target: str | None = None) -> dict[str, Array]:
+def run_baselines(
+    bags: Bags, folds: NDArray[np.int64], target: str | None = None, adjust: AdjustConfig = NO_ADJUSTMENT
+) -> dict[str, Array]:
     """Score every held-out scan with every baseline, each fitted on what the fold is trained on.
 
     Args:
         bags: Labelled bags.
         folds: Which fold scores each scan, `[scans]` or `[repeats, scans]` (learning/splits.py).
         target: Column of the label.
+        adjust: What features are adjusted for in each fold.
 
     Returns:
         Name to probabilities, `[repeats, scans, classes]`.
     """
-    return {b.name: out_of_fold(bags, folds, b.inputs, b.strength) for b in baselines(target)}
+    seen = replace(bags, tokens=(None,) * len(bags), means=None)  # what no baseline looks at needs no adjustment
+    return {
+        b.name: out_of_fold(seen, folds, b.inputs, b.strength, adjust if b.image else NO_ADJUSTMENT)
+        for b in baselines(target)
+    }
 
 
-def out_of_fold(bags: Bags, folds: NDArray[np.int64], inputs: Inputs | None, strength: float) -> Array:
+def out_of_fold(
+    bags: Bags,
+    folds: NDArray[np.int64],
+    inputs: Inputs | None,
+    strength: float,
+    adjust: AdjustConfig = NO_ADJUSTMENT,
+) -> Array:
     """Give out-of-fold probabilities of logistic regression on `inputs`, or of the class frequencies without them."""
     folds = np.atleast_2d(folds)
     x = inputs(bags) if inputs is not None else np.zeros((len(bags), 0))
@@ -121,6 +144,8 @@ def out_of_fold(bags: Bags, folds: NDArray[np.int64], inputs: Inputs | None, str
     for repeat, assigned in enumerate(folds):
         for fold in np.unique(assigned[assigned >= 0]):
             train, held_out = assigned != fold, assigned == fold
+            if adjust.covariates and inputs is not None:
+                x = inputs(fit_adjustment(bags.take(np.flatnonzero(train)), adjust).apply(bags))
             probabilities[repeat, held_out] = fit_and_score(x[train], labels[train], x[held_out], strength)
     return probabilities
 

@@ -94,7 +94,7 @@ def external_baselines(run: Run, cohort: Cohort, store: FeatureStore) -> dict[st
     except (DinoAtten3DError, OSError):
         frequencies = np.bincount([run.classes.index(str(scan.label)) for scan in own]) / len(own)
         return {"prior": np.tile(frequencies, (1, len(cohort), 1))}
-    found = run_baselines(both, held_out, run.config["cohort"]["target"])
+    found = run_baselines(both, held_out, run.config["cohort"]["target"], run.recipe.adjust)
     return {name: probabilities[:, len(own) :] for name, probabilities in found.items()}
 
 

@@ -16,7 +16,8 @@ from dinoatten3d.evaluation.controls import baselines, permutation_p_value
 from dinoatten3d.evaluation.decisions import judge_decisions
 from dinoatten3d.evaluation.intervals import bootstrap_intervals
 from dinoatten3d.evaluation.metrics import chance, confusion, per_class_scores, score
-from dinoatten3d.evaluation.verdict import attention_sentences, reach_verdict
+from dinoatten3d.evaluation.subgroups import subgroup_figures, subgroup_sentences
+from dinoatten3d.evaluation.verdict import adjustment_sentences, attention_sentences, reach_verdict
 from dinoatten3d.files import write_json
 from dinoatten3d.learning.run import FORMAT_VERSION, Run
 
@@ -66,6 +67,15 @@ def judge(run: Run) -> dict[str, Any]:
     attention = _attention(run.table("attention.csv"))
     shuffled = _shuffled(run, by_fold[""])
     verdict = reach_verdict(model, best, gain, shuffled, classes)
+    subgroups = subgroup_figures(
+        labels,
+        in_order[model["name"]],
+        class_index(predictions["predicted"], classes),
+        run.table("cohort.csv").set_index("scan_id").loc[predictions["scan_id"]],
+        classes=classes,
+        target=run.config["cohort"]["target"],
+        evaluation=evaluation,
+    )
     notes = Counter(note for fold_model in run.models() for note in fold_model.notes())
     metrics: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
@@ -82,9 +92,12 @@ def judge(run: Run) -> dict[str, Any]:
         "shuffled": shuffled,
         "models": models,
         "gain": {"over": best["name"], **gain._asdict(), "resampled": _resampled_gain(run, by_fold, best["name"])},
+        "subgroups": subgroups,
         "decisions": _decisions(run, labels, in_order[model["name"]], subjects),
         "verdict": verdict._asdict(),
     }
+    metrics["verdict"]["sentences"] += adjustment_sentences(run.recipe.adjust, evaluation["split"])
+    metrics["verdict"]["sentences"] += subgroup_sentences(subgroups, model["pooled"])
     metrics["verdict"]["sentences"] += attention_sentences(attention)
     metrics["verdict"]["sentences"] += [f"In {n} of {run.folds} folds {note}." for note, n in sorted(notes.items())]
     write_json(run.folder / "metrics.json", metrics)

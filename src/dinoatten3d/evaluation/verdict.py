@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from dinoatten3d.config import AdjustConfig
 from dinoatten3d.evaluation.comparison import Difference
 
 P_VALUE = 0.05
@@ -52,6 +53,25 @@ def reach_verdict(
         known = "Brain volume" if best["name"] == "head size" else "What the table knows of a person"
         sentences.append(f"{known} alone may be all that the model sees.")
     return Verdict("weak", f"The scans tell {told} apart, but something simpler does as well", sentences)
+
+
+def adjustment_sentences(adjust: AdjustConfig, split: str) -> list[str]:
+    """Say what the features were adjusted for, and where that could do nothing."""
+    if not adjust.covariates:
+        return []
+    names = [name.replace("-", " ") for name in adjust.covariates]
+    if adjust.method == "combat":
+        kept = [name for name in names if name != "site"]
+        how = "harmonised between sites (ComBat" + (f", {' and '.join(kept)} preserved)" if kept else ")")
+    else:
+        how = f"adjusted for {', '.join(names[:-1])}{' and ' if names[:-1] else ''}{names[-1]}"
+    sentences = [
+        f"The features of the model and of the image controls were {how}, fitted on the training scans of each fold "
+        "without their class."
+    ]
+    if split == "site" and "site" in names:
+        sentences.append("A held-out site is not among the training scans, so that its features were left as they are.")
+    return sentences
 
 
 def attention_sentences(attention: dict[str, float]) -> list[str]:

@@ -19,8 +19,10 @@ from dinoatten3d.evaluation.decisions import Decisions, decide, read_calibration
 from dinoatten3d.features.backbone import Backbone
 from dinoatten3d.features.extract import embed_slices
 from dinoatten3d.files import sha256
+from dinoatten3d.inference.covariates import NOTHING_KNOWN, Covariates, of_cohort
 from dinoatten3d.learning.adapter import embed_entries, enter, read_adapter
 from dinoatten3d.learning.bags import Bags, choose_layers, one_bag
+from dinoatten3d.learning.fit import AdjustedModel
 from dinoatten3d.learning.run import Run
 
 
@@ -101,7 +103,7 @@ class Prediction:
         }
 
 
-def predict(run: Run, scan: Path, backbone: Backbone) -> Prediction:
+def predict(run: Run, scan: Path, backbone: Backbone, known: Covariates = NOTHING_KNOWN) -> Prediction:
     """Classify one scan with the models of all folds.
 
     A scan of the training cohort (known by its content) is classified by the one model that never saw its subject.
@@ -110,6 +112,7 @@ def predict(run: Run, scan: Path, backbone: Backbone) -> Prediction:
         run: A finished run.
         scan: NIfTI or DICOM.
         backbone: The encoder that made the run's features.
+        known: Covariates of the person, for a run that adjusts for them; a scan of the cohort has those of its row.
 
     Raises:
         ScanError: The scan cannot be used.
@@ -145,9 +148,11 @@ def predict(run: Run, scan: Path, backbone: Backbone) -> Prediction:
         notes.append(f"this scan is in the training cohort: only models that never saw it answer (fold {numbers})")
     elif held_out_in is not None:
         notes.append("this scan was trained on by every model: its answer says nothing about how good they are")
-    bag = one_bag(Scan(id=stem(scan), path=scan, subject="", row=0), features, run.classes)
+    known = known if held_out_in is None else of_cohort(run, scan)
+    bag = one_bag(Scan(id=stem(scan), path=scan, subject="", row=0, **known._asdict()), features, run.classes)
     by_fold, weights, maps = [], [], []
     notes += sorted({note for model in models for note in model.notes()})
+    notes += sorted({note for model in models if isinstance(model, AdjustedModel) for note in model.unknown(bag)})
     bags = [bag] * len(folds) if run.recipe.adapt == "none" else _adapted(run, folds, bag, slices, backbone)
     for model, own in zip(models, bags, strict=True):
         seen = model.look(own)

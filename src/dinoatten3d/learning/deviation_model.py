@@ -20,6 +20,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from dinoatten3d.errors import FeatureError
+from dinoatten3d.learning.adjust import mean_token
 from dinoatten3d.learning.bags import Bags, Look
 from dinoatten3d.learning.deviation import (
     Deviation,
@@ -77,7 +78,7 @@ class DeviationModel:
         maps = [self.deviation.map(scan) for scan in scans]
         scores = np.stack([slice_scores(found, scan.tissue) for found, scan in zip(maps, scans, strict=True)])
         weights = attend_to_deviation(scores, self.direction)
-        inputs = np.concatenate([_pool(scores, weights), _against_first(self.mean_logit(_mean_token(bags)))], axis=1)
+        inputs = np.concatenate([_pool(scores, weights), _against_first(self.mean_logit(mean_token(bags)))], axis=1)
         larger = [larger_in_tissue(found, scan.tissue) for found, scan in zip(maps, scans, strict=True)]
         return Look(softmax(self.classifier(inputs)), weights, np.stack(larger))
 
@@ -130,7 +131,7 @@ def fit_deviation_model(bags: Bags, *, seed: int) -> FittedDeviation:
     scores = slice_scores(fitted.maps, np.stack([scan.tissue for scan in scans]))
     guide = _from_prior(top_slices(scores), labels, count)
     direction = attention_direction(guide)
-    mean = _mean_token(bags)
+    mean = mean_token(bags)
     mean_logit = _logistic(mean, labels, count, MEAN_STRENGTH)
     crossed = np.zeros((len(bags), count))
     inner = inner_folds(labels, bags.subjects, folds=5, seed=seed)
@@ -180,11 +181,6 @@ def tokens_of(bags: Bags) -> list[Any]:
 
 def _pool(scores: Array, weights: Array) -> Array:
     return np.asarray((weights[..., None] * scores).sum(axis=1))
-
-
-def _mean_token(bags: Bags) -> Array:
-    """Average the tissue patches of each scan, `[scans, dim]`: it tells diffuse differences better than CLS does."""
-    return np.stack([scan.tokens[scan.tissue].astype(np.float64).mean(axis=0) for scan in tokens_of(bags)])
 
 
 def _against_first(logits: Array) -> Array:

@@ -17,7 +17,7 @@ from sklearn.utils import check_array, check_random_state, column_or_1d
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_consistent_length, check_is_fitted, validate_data
 
-from dinoatten3d.config import ModelConfig, Recipe, from_dict, load_recipe, to_dict
+from dinoatten3d.config import AdjustConfig, ModelConfig, Recipe, from_dict, load_recipe, to_dict
 from dinoatten3d.data.cohort import Scan
 from dinoatten3d.errors import CohortError, RunError
 from dinoatten3d.files import write_bytes
@@ -213,7 +213,7 @@ class SliceAttentionClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[
             set_here = {k: tuple(v) if isinstance(v, list) else v for k, v in own.items() if v is not None}
             tables[name] = dataclasses.replace(table, **set_here)
         tables["model"] = dataclasses.replace(tables["model"], pooling="attention")
-        return dataclasses.replace(recipe, **tables)
+        return dataclasses.replace(recipe, adjust=AdjustConfig(), **tables)  # bags have no covariates
 
     def _features(self, X: Any, *, fitting: bool) -> NDArray[np.float32]:
         """Turn any of the forms into `[scans, slices, dim]`, padded with NaN."""

@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dinoatten3d.config import EvaluationConfig, Recipe
+from dinoatten3d.config import AdjustConfig, EvaluationConfig, Recipe
+from dinoatten3d.learning.adjust import Adjustment, fit_adjustment
 from dinoatten3d.learning.bags import Bags, Look
 from dinoatten3d.learning.deviation_model import fit_deviation_model
 from dinoatten3d.learning.splits import partition
@@ -37,6 +38,34 @@ class FoldModel(Protocol):
 
     def tensors(self) -> dict[str, Tensor]:
         """Give what to keep on disk."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdjustedModel:
+    """A model of adjusted features with the adjustment of its fold, which it makes itself."""
+
+    adjustment: Adjustment
+    model: FoldModel
+
+    def score(self, bags: Bags) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Adjust scans and score them."""
+        return self.model.score(self.adjustment.apply(bags))
+
+    def look(self, bags: Bags) -> Look:
+        """Adjust scans and look at them."""
+        return self.model.look(self.adjustment.apply(bags))
+
+    def notes(self) -> list[str]:
+        """Give the model's own notes."""
+        return self.model.notes()
+
+    def unknown(self, bags: Bags) -> list[str]:
+        """Say which covariates of one scan are not known."""
+        return self.adjustment.unknown(bags)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Give the model's tensors, and those of the adjustment under `adjust.`."""
+        return self.model.tensors() | {f"adjust.{name}": t for name, t in self.adjustment.tensors().items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +183,8 @@ def fit_jobs(
         recipe: Model, loss and training.
         progress: Called with epochs done and the most there can be, over all jobs.
     """
+    if recipe.adjust.covariates:
+        return _fit_adjusted(bags, jobs, recipe, progress)
     if recipe.model.pooling == "attention":
         return [FittedFold(**trained._asdict()) for trained in train_jobs(bags, jobs, recipe, progress=progress)]
     fitted = []
@@ -162,6 +193,23 @@ def fit_jobs(
         solved = fit_deviation_model(train, seed=job.seed)
         fitted.append(FittedFold(model=solved.model, history=[], inner=solved.inner))
         progress(done * recipe.training.epochs, len(jobs) * recipe.training.epochs)
+    return fitted
+
+
+def _fit_adjusted(bags: Bags, jobs: Sequence[Job], recipe: Recipe, progress: Progress) -> list[FittedFold]:
+    """Adjust the training scans of each job by themselves and fit on them, one job after the other."""
+    plain, epochs = replace(recipe, adjust=AdjustConfig()), recipe.training.epochs
+    fitted = []
+    for done, job in enumerate(jobs):
+        train = replace(bags.take(job.rows), labels=torch.from_numpy(job.labels))
+        adjustment = fit_adjustment(train, recipe.adjust)
+        own = fit_jobs(
+            adjustment.apply(train),
+            [replace(job, rows=np.arange(len(train)))],
+            plain,
+            progress=lambda now, total, done=done: progress(done * epochs + now, len(jobs) * epochs),  # type: ignore[misc]
+        )[0]
+        fitted.append(replace(own, model=AdjustedModel(adjustment=adjustment, model=own.model)))
     return fitted
 
 

@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from dinoatten3d import __version__
 from dinoatten3d.config import Recipe, from_dict, to_dict
@@ -32,9 +33,10 @@ from dinoatten3d.features.reduce import Reduction, read_reduction, write_reducti
 from dinoatten3d.features.store import REDUCTION, FeatureStore
 from dinoatten3d.files import sha256, whole_folder, write_json, write_text
 from dinoatten3d.learning.adapt import AdaptedFold
+from dinoatten3d.learning.adjust import Adjustment
 from dinoatten3d.learning.bags import Bags
 from dinoatten3d.learning.deviation_model import DeviationModel
-from dinoatten3d.learning.fit import CrossValidation, FittedFold, FoldModel
+from dinoatten3d.learning.fit import AdjustedModel, CrossValidation, FittedFold, FoldModel
 from dinoatten3d.learning.model import SliceAttentionNet
 
 FORMAT_VERSION = 3
@@ -232,7 +234,7 @@ def acting_settings(recipe: Recipe) -> dict[str, Any]:
     tables = to_dict(recipe)
     if recipe.model.pooling == "deviation":
         model = {name: tables["model"][name] for name in ("pooling", "layers")}
-        return {"slices": tables["slices"], "patches": tables["patches"], "model": model}
+        return {**{name: tables[name] for name in ("slices", "patches", "adjust")}, "model": model}
     return tables if recipe.adapt == "lora" else {k: v for k, v in tables.items() if k != "lora"}
 
 
@@ -331,6 +333,14 @@ def _read_model(path: Path, recipe: Recipe) -> FoldModel:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, KeyError, TypeError) as error:
         raise RunError(f"{path} is missing or damaged ({error}); train again") from None
+    adjusting = {name.removeprefix("adjust."): t for name, t in tensors.items() if name.startswith("adjust.")}
+    if adjusting:
+        model = _model_of({name: t for name, t in tensors.items() if not name.startswith("adjust.")}, recipe)
+        return AdjustedModel(adjustment=Adjustment.from_tensors(adjusting), model=model)
+    return _model_of(tensors, recipe)
+
+
+def _model_of(tensors: dict[str, Tensor], recipe: Recipe) -> FoldModel:
     if recipe.model.pooling == "deviation":
         return DeviationModel.from_tensors(tensors)
     model = SliceAttentionNet(
