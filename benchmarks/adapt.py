@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from dinoatten3d.config import EvaluationConfig, LoraConfig, Recipe, load_recipe
+from dinoatten3d.config import EvaluationConfig, LoraConfig, Recipe
 from dinoatten3d.data.cohort import read_cohort
 from dinoatten3d.demo.implant import DARK, SUBTLE, implant_cohort
 from dinoatten3d.evaluation.controls import run_baselines
@@ -28,6 +28,7 @@ from dinoatten3d.learning.adapt import cross_validate_adapted
 from dinoatten3d.learning.bags import Bags, load_bags
 from dinoatten3d.learning.fit import CrossValidation, cross_validate
 from dinoatten3d.learning.splits import outer_folds
+from dinoatten3d.toml import load_recipe
 
 PRESETS = {"dark": DARK, "subtle": SUBTLE}
 

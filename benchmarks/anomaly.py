@@ -18,7 +18,6 @@ import numpy as np
 import pandas as pd
 from sklearn.metrics import roc_auc_score
 
-from dinoatten3d.config import load_recipe
 from dinoatten3d.data.cohort import read_cohort
 from dinoatten3d.demo.implant import DARK, SUBTLE, implant_cohort
 from dinoatten3d.features.backbone import load_backbone
@@ -26,6 +25,7 @@ from dinoatten3d.features.extract import extract
 from dinoatten3d.features.weights import find_weights
 from dinoatten3d.inference.anomaly import score_anomalies
 from dinoatten3d.learning.bags import load_bags
+from dinoatten3d.toml import load_recipe
 
 PRESETS = {"dark": DARK, "subtle": SUBTLE}
 VOLUMES_ML = (5, 10, 15, 25, 40, 100)

@@ -29,7 +29,6 @@ import pandas as pd
 from scipy import ndimage
 from sklearn.metrics import roc_auc_score
 
-from dinoatten3d.config import load_recipe
 from dinoatten3d.data.cohort import read_cohort
 from dinoatten3d.demo.implant import DARK, implant_cohort
 from dinoatten3d.features.backbone import load_backbone
@@ -39,6 +38,7 @@ from dinoatten3d.files import whole_folder
 from dinoatten3d.learning.bags import Bags, load_bags
 from dinoatten3d.learning.fit import FittedFold, Job, fit_jobs
 from dinoatten3d.learning.splits import group_folds, outer_folds
+from dinoatten3d.toml import load_recipe
 
 FOLDS = 5
 

@@ -16,8 +16,8 @@ import pandas as pd
 from sklearn.metrics import balanced_accuracy_score, recall_score, roc_auc_score
 from training import planted
 
-from dinoatten3d.config import load_recipe
 from dinoatten3d.learning.fit import Job, fit_jobs
+from dinoatten3d.toml import load_recipe
 
 SEEDS = 5
 

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from dinoatten3d.config import EvaluationConfig, load_recipe
+from dinoatten3d.config import EvaluationConfig
 from dinoatten3d.data.cohort import read_cohort
 from dinoatten3d.data.slices import stacks
 from dinoatten3d.demo.cohorts import lesion_area_mm2
@@ -33,6 +33,7 @@ from dinoatten3d.features.weights import find_weights
 from dinoatten3d.learning.bags import Bags, load_bags
 from dinoatten3d.learning.fit import cross_validate
 from dinoatten3d.learning.splits import outer_folds
+from dinoatten3d.toml import load_recipe
 
 PRESETS = {"dark": DARK, "subtle": SUBTLE}
 

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from dinoatten3d.config import AdjustConfig, EvaluationConfig, Recipe, load_recipe
+from dinoatten3d.config import AdjustConfig, EvaluationConfig, Recipe
 from dinoatten3d.data.cohort import read_cohort
 from dinoatten3d.evaluation.controls import run_baselines
 from dinoatten3d.evaluation.metrics import score
@@ -31,6 +31,7 @@ from dinoatten3d.features.extract import extract
 from dinoatten3d.features.weights import find_weights
 from dinoatten3d.learning.bags import Bags, load_bags
 from dinoatten3d.learning.fit import cross_validate
+from dinoatten3d.toml import load_recipe
 
 SHARE = {"lesion": 0.7, "healthy": 0.3}
 """Scans of each class that the second scanner made."""

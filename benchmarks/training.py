@@ -20,11 +20,12 @@ import numpy as np
 import torch
 from sklearn.metrics import roc_auc_score
 
-from dinoatten3d.config import Recipe, load_recipe
+from dinoatten3d.config import Recipe
 from dinoatten3d.data.cohort import Scan
 from dinoatten3d.learning.bags import Bags
 from dinoatten3d.learning.fit import FittedFold, Job, fit_jobs
 from dinoatten3d.learning.splits import inner_folds, outer_folds
+from dinoatten3d.toml import load_recipe
 
 
 def main() -> None:

@@ -12,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import head, shared
-from dinoatten3d.config import Plane, SliceConfig, load_recipe
+from dinoatten3d.config import Plane, SliceConfig
 from dinoatten3d.data.brain import brain_box, brain_mask
 from dinoatten3d.data.slices import AXIS, stacks, take_slices
 from dinoatten3d.data.volume import load_volume
 from dinoatten3d.errors import ConfigError, ScanError
+from dinoatten3d.toml import load_recipe
 
 Save = Callable[..., Path]
 AFFINE = np.array([[4.0, 0, 0, -70], [0, 4.0, 0, -90], [0, 0, 4.0, -60], [0, 0, 0, 1]])

@@ -291,7 +291,7 @@ def test_a_run_refuses_features_of_another_position_table(
 ) -> None:
     from dinoatten3d.config import EvaluationConfig, ModelConfig, Recipe, TrainingConfig
     from dinoatten3d.inference.predict import predict
-    from dinoatten3d.steps import train_run
+    from dinoatten3d.steps.train import train_run
 
     cohort = read_cohort(cohort_folder / "cohort.csv", target="DX")
     made_with = load(folders["dinov2"], positions="transformers")

@@ -21,7 +21,8 @@ from dinoatten3d.features.backbone import load_backbone
 from dinoatten3d.features.extract import extract
 from dinoatten3d.features.weights import find_weights
 from dinoatten3d.learning.run import open_run
-from dinoatten3d.steps import evaluate_run, train_run
+from dinoatten3d.steps.evaluate import evaluate_run
+from dinoatten3d.steps.train import train_run
 
 SLICES = SliceConfig(count=6, size_px=112)
 PATCHES = PatchConfig(layers=(2,), blemished=3)

@@ -21,7 +21,7 @@ from dinoatten3d.features.extract import extract
 from dinoatten3d.features.weights import find_weights
 from dinoatten3d.inference.explain import deviation_map, explain, slice_weight_map
 from dinoatten3d.inference.predict import Prediction, predict
-from dinoatten3d.steps import train_run
+from dinoatten3d.steps.train import train_run
 
 
 def prediction(path: Path, *planes: str, patch_map: np.ndarray | None = None) -> Prediction:

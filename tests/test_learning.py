@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from conftest import shared
-from dinoatten3d.config import EvaluationConfig, LossConfig, ModelConfig, Recipe, TrainingConfig, load_recipe
+from dinoatten3d.config import EvaluationConfig, LossConfig, ModelConfig, Recipe, TrainingConfig
 from dinoatten3d.data.cohort import Scan
 from dinoatten3d.errors import CohortError, FeatureError
 from dinoatten3d.learning.bags import Bags
@@ -21,6 +21,7 @@ from dinoatten3d.learning.fit import cross_validate, fit_fold
 from dinoatten3d.learning.losses import composite_loss, cross_entropy, supcon, within_class_variance
 from dinoatten3d.learning.model import SliceAttentionNet, attend
 from dinoatten3d.learning.splits import inner_folds, outer_folds
+from dinoatten3d.toml import load_recipe
 
 QUICK = Recipe(
     model=ModelConfig(pooling="attention", attention_width=8),

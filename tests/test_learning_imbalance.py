@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from dinoatten3d.config import LossConfig, from_dict
+from dinoatten3d.config import LossConfig
 from dinoatten3d.errors import ConfigError
 from dinoatten3d.learning.fit import Job, fit_jobs
 from dinoatten3d.learning.losses import balanced, classification_loss, cross_entropy
 from dinoatten3d.learning.stack import plan_job
+from dinoatten3d.toml import from_dict
 from test_learning import QUICK, bags
 
 LOGITS = torch.tensor([[[2.0, -1.0, 0.5], [0.3, 0.2, -0.7], [1.5, 1.0, 0.0], [0.0, 0.1, 0.4]]])

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from dinoatten3d.config import LossConfig, ModelConfig, Recipe, TrainingConfig, load_recipe
+from dinoatten3d.config import LossConfig, ModelConfig, Recipe, TrainingConfig
 from dinoatten3d.learning import train
 from dinoatten3d.learning.bags import Bags
 from dinoatten3d.learning.fit import Job, fit_jobs
 from dinoatten3d.learning.model import SliceAttentionNet
+from dinoatten3d.toml import load_recipe
 from test_learning import QUICK, bags
 
 RECIPES = {

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from markupsafe import Markup
 
-from dinoatten3d.config import Recipe, to_dict
+from dinoatten3d.config import Recipe
 from dinoatten3d.errors import RunError, ScanError
 from dinoatten3d.evaluation.metrics import chance, confusion, score
 from dinoatten3d.learning.run import FORMAT_VERSION
@@ -23,6 +23,7 @@ from dinoatten3d.report.cases import CaseSlices, choose_cases
 from dinoatten3d.report.drawing import new_figure, shorten, to_svg
 from dinoatten3d.report.html import write_report
 from dinoatten3d.report.slices_figure import attention_profile_figure, slice_weights_figure
+from dinoatten3d.toml import to_dict
 
 HOSTILE = "<script>alert('x')</script>"
 

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from dinoatten3d.config import load_recipe as load_recipe
-    from dinoatten3d.data.cohort import read_cohort as read_cohort
+        from dinoatten3d.data.cohort import read_cohort as read_cohort
     from dinoatten3d.data.slices import take_slices as take_slices
     from dinoatten3d.data.volume import load_volume as load_volume
     from dinoatten3d.features.extract import extract as extract
@@ -22,9 +21,10 @@ if TYPE_CHECKING:
     from dinoatten3d.learning.estimator import SliceAttentionClassifier as SliceAttentionClassifier
     from dinoatten3d.learning.fit import cross_validate as cross_validate
     from dinoatten3d.report.html import write_report as write_report
+    from dinoatten3d.toml import load_recipe as load_recipe
 
 _HOME = {
-    "load_recipe": "config",
+    "load_recipe": "toml",
     "read_cohort": "data.cohort",
     "load_volume": "data.volume",
     "take_slices": "data.slices",

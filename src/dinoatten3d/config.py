@@ -6,22 +6,13 @@ with the package (`default`, `paper`, `published`). Evaluation is never part of 
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import hashlib
-import json
-import tomllib
 from dataclasses import dataclass, field
-from importlib import resources
-from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_type_hints
+from typing import Any, Literal, get_args
 
 from dinoatten3d.errors import ConfigError
 
 Plane = Literal["axial", "coronal", "sagittal"]
 Covariate = Literal["age", "sex", "site", "head-size"]
-T = TypeVar("T")
-RECIPES = ("default", "paper", "published")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,78 +293,6 @@ class EvaluationConfig:
             )
         if self.split != "folds" and self.repeats > 1:
             raise ConfigError(f"evaluation.repeats is {self.repeats}, but split '{self.split}' has one partition only")
-
-
-def load_recipe(name: str | Path) -> Recipe:
-    """Read a recipe that ships with the package, or a TOML file.
-
-    Args:
-        name: `default`, `paper`, `published`, or the path of a TOML file.
-
-    Returns:
-        The recipe; what the file leaves out has the default recipe's value.
-
-    Raises:
-        ConfigError: The name is unknown, the file unreadable, or a key or value does not fit.
-    """
-    return from_dict(Recipe, recipe_table(name), "recipe")
-
-
-def recipe_table(name: str | Path) -> dict[str, Any]:
-    """Give the recipe's TOML tables as they stand in the file."""
-    if str(name) in RECIPES:
-        return tomllib.loads((resources.files("dinoatten3d") / "recipes" / f"{name}.toml").read_text())
-    if not Path(name).suffix:
-        raise ConfigError(f"there is no recipe '{name}'{suggest(str(name), RECIPES)}; known: {', '.join(RECIPES)}")
-    return read_toml(Path(name))
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """Read a TOML file, with the file named in every error."""
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not a TOML file: {error}") from None
-
-
-def from_dict(kind: type[T], table: dict[str, Any], where: str) -> T:
-    """Build a configuration dataclass from nested tables, refusing keys it does not have."""
-    hints = get_type_hints(kind)
-    names = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    values: dict[str, Any] = {}
-    for key, value in table.items():
-        if key not in names:
-            raise ConfigError(f"{where} has no setting '{key}'{suggest(key, sorted(names))}")
-        hint = hints[key]
-        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-            values[key] = from_dict(hint, value, f"{where}.{key}")
-        else:
-            values[key] = tuple(value) if isinstance(value, list) else value
-    try:
-        return kind(**values)
-    except TypeError as error:
-        raise ConfigError(f"{where} holds a value of the wrong type: {error}") from None
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """Turn a configuration into plain tables that TOML and JSON can hold."""
-    return {
-        key: list(value) if isinstance(value, tuple) else to_dict(value) if isinstance(value, dict) else value
-        for key, value in (config if isinstance(config, dict) else dataclasses.asdict(config)).items()
-    }
-
-
-def digest(*parts: Any) -> str:
-    """Give the first 12 hexadecimal digits of the SHA-256 of JSON-able parts, independent of key order."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def suggest(word: str, known: tuple[str, ...] | list[str]) -> str:
-    """Give `(did you mean 'x'?)` with a leading space where a known word is close, else nothing."""
-    close = difflib.get_close_matches(word, known, n=1)
-    return f" (did you mean '{close[0]}'?)" if close else ""
 
 
 def _shown(values: Any) -> str:

@@ -16,8 +16,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from dinoatten3d.config import SliceConfig, load_recipe, read_toml, recipe_table
+from dinoatten3d.config import SliceConfig
 from dinoatten3d.errors import ScanError
+from dinoatten3d.toml import load_recipe, read_toml, recipe_table
 
 if TYPE_CHECKING:
     from dinoatten3d.evaluation.audit import Audit

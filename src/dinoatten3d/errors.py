@@ -5,6 +5,8 @@ Every message is one sentence that says what was seen, what was wanted and what 
 
 from __future__ import annotations
 
+import difflib
+
 __all__ = [
     "CohortError",
     "ConfigError",
@@ -13,6 +15,7 @@ __all__ = [
     "RunError",
     "ScanError",
     "WeightsError",
+    "suggest",
 ]
 
 
@@ -44,3 +47,9 @@ class WeightsError(DinoAtten3DError):
 
 class RunError(DinoAtten3DError):
     """A run folder is missing, unfinished or of another version."""
+
+
+def suggest(word: str, known: tuple[str, ...] | list[str]) -> str:
+    """Give `(did you mean 'x'?)` with a leading space where a known word is close, else nothing."""
+    close = difflib.get_close_matches(word, known, n=1)
+    return f" (did you mean '{close[0]}'?)" if close else ""

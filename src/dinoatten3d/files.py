@@ -20,6 +20,11 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def digest(*parts: Any) -> str:
+    """Give the first 12 hexadecimal digits of the SHA-256 of JSON-able parts, independent of key order."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file beside its place, flush it to the disk and rename it into place."""
     path.parent.mkdir(parents=True, exist_ok=True)

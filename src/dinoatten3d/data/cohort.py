@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from dinoatten3d.config import suggest
-from dinoatten3d.errors import CohortError
+from dinoatten3d.errors import CohortError, suggest
 
 ALIASES = {"subject": ("participant_id", "subject_id"), "sex": ("gender",), "session": ("session_id",)}
 HEALTHY_NAMES = {"control", "controls", "healthy", "hc", "cn", "nl", "normal", "0", "no", "none", "negative"}

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dinoatten3d.config import EvaluationConfig, load_recipe
+from dinoatten3d.config import EvaluationConfig
 from dinoatten3d.data.cohort import read_cohort
 from dinoatten3d.demo.cohorts import DemoCohort
 from dinoatten3d.demo.implant import DARK, SUBTLE, implant_cohort
@@ -16,7 +16,9 @@ from dinoatten3d.errors import ConfigError, ScanError
 from dinoatten3d.features.backbone import Backbone
 from dinoatten3d.features.extract import extract
 from dinoatten3d.inference.predict import predict
-from dinoatten3d.steps import explain_scan, train_run
+from dinoatten3d.steps.explain import explain_scan
+from dinoatten3d.steps.train import train_run
+from dinoatten3d.toml import load_recipe
 
 Bar = Callable[[str], Callable[[int, int], None]]
 PHANTOM_NOTE = "synthetic: deformed copies of the MNI152 brain, half of them with a made-up lesion"

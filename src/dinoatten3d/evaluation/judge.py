@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from dinoatten3d.config import EvaluationConfig, from_dict
+from dinoatten3d.config import EvaluationConfig
 from dinoatten3d.evaluation.comparison import corrected_resampled_ttest, paired_bootstrap_difference
 from dinoatten3d.evaluation.controls import baselines, permutation_p_value
 from dinoatten3d.evaluation.decisions import judge_decisions
@@ -20,6 +20,7 @@ from dinoatten3d.evaluation.subgroups import subgroup_figures, subgroup_sentence
 from dinoatten3d.evaluation.verdict import adjustment_sentences, attention_sentences, reach_verdict
 from dinoatten3d.files import write_json
 from dinoatten3d.learning.run import FORMAT_VERSION, Run
+from dinoatten3d.toml import from_dict
 
 
 def judge(run: Run) -> dict[str, Any]:

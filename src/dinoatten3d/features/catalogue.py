@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from dinoatten3d.config import suggest
-from dinoatten3d.errors import WeightsError
+from dinoatten3d.errors import WeightsError, suggest
 
 DINOV3_LICENCE = "DINOv3 License"
 LICENCE_NOTES = {

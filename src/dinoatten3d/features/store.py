@@ -15,11 +15,12 @@ from safetensors import SafetensorError
 from safetensors.numpy import save
 from safetensors.torch import load_file
 
-from dinoatten3d.config import PatchConfig, Plane, SliceConfig, digest, from_dict, to_dict
+from dinoatten3d.config import PatchConfig, Plane, SliceConfig
 from dinoatten3d.data.slices import planes_of
 from dinoatten3d.errors import FeatureError
 from dinoatten3d.features.reduce import Reduction, read_reduction
-from dinoatten3d.files import sha256, write_bytes, write_text
+from dinoatten3d.files import digest, sha256, write_bytes, write_text
+from dinoatten3d.toml import from_dict, to_dict
 
 FORMAT_VERSION = 2
 NO_PART = ("title", "source", "reference")

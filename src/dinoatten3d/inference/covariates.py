@@ -8,8 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dinoatten3d.config import suggest
-from dinoatten3d.errors import ConfigError
+from dinoatten3d.errors import ConfigError, suggest
 from dinoatten3d.files import sha256
 from dinoatten3d.learning.run import Run
 

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from dinoatten3d import __version__
-from dinoatten3d.config import PatchConfig, SliceConfig, from_dict, to_dict
+from dinoatten3d.config import PatchConfig, SliceConfig
 from dinoatten3d.data.cohort import stem
 from dinoatten3d.data.slices import Slices, take_slices
 from dinoatten3d.data.volume import Volume, load_volume
@@ -33,6 +33,7 @@ from dinoatten3d.files import sha256, write_text
 from dinoatten3d.inference.anomaly import Anomalies, map_slice_scores
 from dinoatten3d.learning.bags import Bags
 from dinoatten3d.learning.deviation import Deviation, top_slices
+from dinoatten3d.toml import from_dict, to_dict
 
 FORMAT_VERSION = 1
 CONFIG, SCORES = "anomaly.toml", "scores.csv"

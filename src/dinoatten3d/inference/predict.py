@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dinoatten3d.config import SliceConfig, from_dict
+from dinoatten3d.config import SliceConfig
 from dinoatten3d.data.cohort import Scan, stem
 from dinoatten3d.data.slices import Slices, take_slices
 from dinoatten3d.data.volume import Volume, load_volume
@@ -24,6 +24,7 @@ from dinoatten3d.learning.adapter import embed_entries, enter, read_adapter
 from dinoatten3d.learning.bags import Bags, choose_layers, one_bag
 from dinoatten3d.learning.fit import AdjustedModel
 from dinoatten3d.learning.run import Run
+from dinoatten3d.toml import from_dict
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,13 +17,14 @@ from sklearn.utils import check_array, check_random_state, column_or_1d
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_consistent_length, check_is_fitted, validate_data
 
-from dinoatten3d.config import AdjustConfig, ModelConfig, Recipe, from_dict, load_recipe, to_dict
+from dinoatten3d.config import AdjustConfig, ModelConfig, Recipe
 from dinoatten3d.data.cohort import Scan
 from dinoatten3d.errors import CohortError, RunError
 from dinoatten3d.files import write_bytes
 from dinoatten3d.learning.bags import Bags
 from dinoatten3d.learning.fit import fit_fold
 from dinoatten3d.learning.model import SliceAttentionNet
+from dinoatten3d.toml import from_dict, load_recipe, to_dict
 
 
 class SliceAttentionClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]

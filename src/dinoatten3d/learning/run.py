@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dinoatten3d import __version__
-from dinoatten3d.config import Recipe, from_dict, to_dict
+from dinoatten3d.config import Recipe
 from dinoatten3d.data.cohort import Scan
 from dinoatten3d.data.slices import planes_of
 from dinoatten3d.errors import RunError
@@ -38,6 +38,7 @@ from dinoatten3d.learning.bags import Bags
 from dinoatten3d.learning.deviation_model import DeviationModel
 from dinoatten3d.learning.fit import AdjustedModel, CrossValidation, FittedFold, FoldModel
 from dinoatten3d.learning.model import SliceAttentionNet
+from dinoatten3d.toml import from_dict, to_dict
 
 FORMAT_VERSION = 3
 PACKAGES = ("torch", "transformers", "numpy", "scipy", "scikit-learn", "pandas", "nibabel", "peft", "accelerate")

@@ -12,10 +12,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from dinoatten3d.config import read_toml
 from dinoatten3d.errors import ConfigError, RunError
 from dinoatten3d.evaluation.metrics import check_predictions
 from dinoatten3d.learning.run import FORMAT_VERSION
+from dinoatten3d.toml import read_toml
 
 CURVE = "learning_curve.json"
 _NUMBERS = ("repeat", "fold", "age", "brain_ml", "slice", "position_mm", "weight")

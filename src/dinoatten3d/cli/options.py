@@ -29,3 +29,6 @@ Positions = Annotated[
     Literal["official", "transformers"],
     Parameter(help="How DINOv2's position table is resized: as its authors' code does, or as transformers does."),
 ]
+
+SOME_FAILED = 3
+"""Exit code when some scans could not be used and the others were."""

@@ -1,4 +1,4 @@
-"""The commands `anomaly` and `score`: how far scans are from the healthy ones."""
+"""Commands that answer for single scans: `predict`, `explain`, `anomaly`, `score`."""
 
 from __future__ import annotations
 
@@ -7,12 +7,95 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from dinoatten3d.console import fetch_same_backbone, progress_bars, say
+from dinoatten3d.cli.options import (
+    SOME_FAILED,
+    BackboneName,
+    Classes,
+    Covariates,
+    Device,
+    Ignore,
+)
+from dinoatten3d.console import (
+    fetch_same_backbone,
+    predictions,
+    progress_bars,
+    say,
+)
 from dinoatten3d.errors import ScanError
-from dinoatten3d.options import BackboneName, Classes, Device, Ignore
 
-SOME_FAILED = 3
-"""Exit code when some scans could not be used and the others were."""
+
+def predict(
+    run: Path,
+    scans: Annotated[list[Path], Parameter(negative=())],
+    /,
+    *,
+    out: Path | None = None,
+    covariate: Covariates = [],  # noqa: B006
+    backbone: BackboneName = None,
+    device: Device = "cpu",
+) -> int:
+    """Classify scans with the models of all folds.
+
+    Args:
+        run: A run folder.
+        scans: NIfTI or DICOM, one or several.
+        out: JSON file to write; without it only the table is printed.
+    """
+    from dinoatten3d.files import write_json
+
+    answers, failed = [], 0
+    for prediction in predictions(run, scans, covariate, backbone, device):
+        if isinstance(prediction, str):
+            failed += 1
+            continue
+        answer = prediction.to_dict()
+        answers.append(answer)
+        print(f"{answer['name']}: {answer['predicted']}")
+        for name, value in answer["probabilities"].items():
+            spread = answer["sd_over_models"][name]
+            print(f"  {name:<20} {value:.3f}" + (f"  (sd over models {spread:.3f})" if spread == spread else ""))
+        if "set" in answer:
+            print(f"  called               {answer['called']} (threshold and calibration from inner folds)")
+            held = " or ".join(answer["set"]) or "none of the classes: unlike the training scans of each"
+            print(f"  {answer['set_coverage']:.0%} set              {held}")
+        for note in answer["notes"]:
+            print(f"  note: {note}")
+    if out is not None and answers:
+        write_json(out, answers)
+        print(f"json  {out}")
+    if answers:
+        print("For research, not for diagnosis.")
+    return SOME_FAILED if failed else 0
+
+
+def explain(
+    run: Path,
+    scans: Annotated[list[Path], Parameter(negative=())],
+    /,
+    *,
+    out: Path | None = None,
+    covariate: Covariates = [],  # noqa: B006
+    backbone: BackboneName = None,
+    device: Device = "cpu",
+) -> int:
+    """Show which slices weighed most: a table, a figure and a map that opens over the scan.
+
+    Args:
+        run: A run folder.
+        scans: NIfTI or DICOM, one or several.
+        out: Folder for the explanations; by default `explain` inside the run.
+    """
+    from dinoatten3d.steps.explain import explain_scan, explanation_folder
+
+    failed = 0
+    for scan in scans:
+        explanation_folder(scan, out or run / "explain")
+    for prediction in predictions(run, scans, covariate, backbone, device):
+        if isinstance(prediction, str):
+            failed += 1
+        else:
+            print(explain_scan(prediction, out or run / "explain"))
+    return SOME_FAILED if failed else 0
 
 
 def anomaly(
@@ -40,7 +123,7 @@ def anomaly(
     """
     from dinoatten3d.data.cohort import read_cohort
     from dinoatten3d.features.store import open_store
-    from dinoatten3d.steps_anomaly import find_anomalies
+    from dinoatten3d.steps.anomaly import find_anomalies
 
     table = read_cohort(cohort, target=target, classes=classes, ignore=ignore)
     with progress_bars() as bar:
@@ -68,7 +151,7 @@ def score(
         out: Folder for a map, a figure and the answer of each scan; without it the answer is only printed.
     """
     from dinoatten3d.inference.healthy import open_reference, score_scan
-    from dinoatten3d.steps_anomaly import keep_scan_anomaly
+    from dinoatten3d.steps.anomaly import keep_scan_anomaly
 
     healthy = open_reference(reference)
     model = fetch_same_backbone(healthy.config["features"]["backbone"], device, backbone)
