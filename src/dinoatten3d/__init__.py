@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-        from dinoatten3d.data.cohort import read_cohort as read_cohort
+    from dinoatten3d.data.cohort import read_cohort as read_cohort
     from dinoatten3d.data.slices import take_slices as take_slices
     from dinoatten3d.data.volume import load_volume as load_volume
     from dinoatten3d.features.extract import extract as extract
