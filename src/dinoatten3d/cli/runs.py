@@ -34,6 +34,8 @@ def train(
     classes: Classes = [],  # noqa: B006  cyclopts reads the default
     ignore: Ignore = [],  # noqa: B006
     recipe: RecipeName = "default",
+    choose: Annotated[list[str], Parameter(negative=())] = [],  # noqa: B006
+    grid: Annotated[list[str], Parameter(negative=())] = [],  # noqa: B006
     config: ConfigFile = None,
     model: ModelConfig | None = None,
     loss: LossConfig | None = None,
@@ -53,11 +55,14 @@ def train(
         features: A feature folder made by `extract`.
         target: Column with the label.
         out: Run folder to make; an existing one is never overwritten.
+        choose: Recipe that competes with --recipe on inner folds; once a recipe.
+        grid: Setting and its values, 'training.weight_decay=0.01,0.1'; all combinations compete on inner folds.
         learning_curve: Short for --evaluation.learning-curve.
         adapt: Leave the backbone as it is, or adapt its last blocks inside each outer fold (slow without a GPU).
     """
     from dinoatten3d.data.cohort import read_cohort
     from dinoatten3d.features.store import open_store
+    from dinoatten3d.learning.choice import candidates
     from dinoatten3d.steps.train import train_run
 
     made = Recipe(
@@ -80,6 +85,7 @@ def train(
             recipe_name=recipe,
             evaluation=replace(judged, learning_curve=True) if learning_curve else judged,
             backbone=encoder,
+            alternatives=candidates(recipe, made, choose, grid) if choose or grid else {},
             progress=bar("training"),
         )
     print_verdict(run.folder)

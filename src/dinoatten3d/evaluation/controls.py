@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +22,7 @@ from dinoatten3d.errors import CohortError
 from dinoatten3d.evaluation.metrics import score
 from dinoatten3d.learning.adjust import fit_adjustment
 from dinoatten3d.learning.bags import Bags
-from dinoatten3d.learning.fit import FittedFold, fit_jobs, fold_jobs
+from dinoatten3d.learning.fit import Fit, FittedFold, fit_jobs, fold_jobs
 from dinoatten3d.learning.splits import partition
 from dinoatten3d.learning.stack import Job
 
@@ -170,6 +171,7 @@ def shuffled_aurocs(
     recipe: Recipe,
     evaluation: EvaluationConfig,
     *,
+    fit: Fit | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[float]:
     """Run the whole pipeline on labels that mean nothing: what AUROC does chance reach here?
@@ -181,6 +183,7 @@ def shuffled_aurocs(
         bags: Labelled bags.
         recipe: The recipe of the run.
         evaluation: The run's; `shuffles` says how often.
+        fit: What fits the models of the run; by default `fit_jobs` with the recipe.
         progress: Called with epochs done and the most there can be.
 
     Returns:
@@ -194,10 +197,9 @@ def shuffled_aurocs(
         if not group:
             continue
         try:
-            fitted = fit_jobs(
+            fitted = (fit or partial(fit_jobs, recipe=recipe))(
                 bags,
                 [job for shuffle in group for job in shuffle.jobs],
-                recipe,
                 progress=lambda now, total, done=done: progress(done * total + now, len(groups) * total),  # type: ignore[misc]
             )
         except CohortError:  # too few of something among these references, by chance

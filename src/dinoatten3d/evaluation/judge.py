@@ -100,6 +100,8 @@ def judge(run: Run) -> dict[str, Any]:
     metrics["verdict"]["sentences"] += adjustment_sentences(run.recipe.adjust, evaluation["split"])
     metrics["verdict"]["sentences"] += subgroup_sentences(subgroups, model["pooled"])
     metrics["verdict"]["sentences"] += attention_sentences(attention)
+    if any((run.folder / f"fold-{fold}" / "choice.json").exists() for fold in range(run.folds)):
+        notes.update(f"inner folds chose {run.choice(fold)[0]}" for fold in range(run.folds))
     metrics["verdict"]["sentences"] += [f"In {n} of {run.folds} folds {note}." for note, n in sorted(notes.items())]
     write_json(run.folder / "metrics.json", metrics)
     return metrics

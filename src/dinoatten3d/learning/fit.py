@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, runtime_checkable
+from functools import partial
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -68,6 +69,14 @@ class AdjustedModel:
         return self.model.tensors() | {f"adjust.{name}": t for name, t in self.adjustment.tensors().items()}
 
 
+class Choice(NamedTuple):
+    """The recipe that inner folds chose for a fold, and the inner AUROC of each candidate."""
+
+    name: str
+    recipe: Recipe
+    aurocs: dict[str, float]
+
+
 @dataclass(frozen=True, kw_only=True)
 class FittedFold:
     """The model of one outer fold.
@@ -78,11 +87,21 @@ class FittedFold:
         inner: Probabilities of its own training scans from the members that were not fitted on them,
             `[train, classes]`: what calibration may see. NaN where no member held a scan out. A member's epoch (or the
             attention's direction) was chosen on the same scans, so they are a little too good.
+        choice: How its recipe was chosen, where there were several.
     """
 
     model: FoldModel
     history: list[dict[str, Any]]
     inner: NDArray[np.float64]
+    choice: Choice | None = None
+
+
+@runtime_checkable
+class Fit(Protocol):
+    """Fits a model for each job."""
+
+    def __call__(self, bags: Bags, jobs: Sequence[Job], *, progress: Progress) -> list[FittedFold]:
+        """Give the models in the order of the jobs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +137,7 @@ def cross_validate(
     evaluation: EvaluationConfig,
     *,
     folds: NDArray[np.int64] | None = None,
+    fit: Fit | None = None,
     progress: Progress = lambda done, total: None,
 ) -> CrossValidation:
     """Train one model (or ensemble) for each outer fold and score each scan with the one that never saw its subject.
@@ -127,6 +147,7 @@ def cross_validate(
         recipe: Model, loss and training.
         evaluation: Kind and number of folds, and the seed.
         folds: The fold of each scan, `[scans]` or `[repeats, scans]`, where it is decided elsewhere.
+        fit: Fits the models of all folds; by default `fit_jobs` with the recipe.
         progress: Called with epochs done and the most there can be.
 
     Returns:
@@ -137,7 +158,8 @@ def cross_validate(
     if folds is None:
         folds = partition(bags.scans, labels, bags.classes, evaluation)
     folds = np.atleast_2d(folds)
-    fitted = fit_jobs(bags, fold_jobs(folds, labels, evaluation.seed), recipe, progress=progress)
+    jobs = fold_jobs(folds, labels, evaluation.seed)
+    fitted = (fit or partial(fit_jobs, recipe=recipe))(bags, jobs, progress=progress)
     probabilities = np.zeros((*folds.shape, len(bags.classes)))
     weights = np.zeros((len(folds), *bags.mask.shape))
     for fold, found in enumerate(fitted):

@@ -111,7 +111,16 @@ class Run:
         """Load the model of every fold; an evaluation on another cohort has none of its own."""
         if self.evaluates is not None:
             return []
-        return [_read_model(self.folder / f"fold-{k}" / "model.safetensors", self.recipe) for k in range(self.folds)]
+        return [
+            _read_model(self.folder / f"fold-{k}" / "model.safetensors", self.choice(k)[1]) for k in range(self.folds)
+        ]
+
+    def choice(self, fold: int) -> tuple[str, Recipe]:
+        """Give name and recipe of a fold's model: the run's, or what its inner folds chose."""
+        if not (self.folder / f"fold-{fold}" / "choice.json").exists():
+            return str(self.config["run"]["recipe"]), self.recipe
+        found = self.document(f"fold-{fold}/choice.json")
+        return str(found["chosen"]), from_dict(Recipe, found["recipe"], f"fold-{fold}/choice.json")
 
 
 def write_run(
@@ -272,6 +281,9 @@ def _write_model(place: Path, fitted: FittedFold, header: dict[str, str]) -> Non
     save_file(fitted.model.tensors(), place / "model.safetensors", header)
     if isinstance(fitted, AdaptedFold):
         fitted.write(place)
+    if fitted.choice is not None:
+        chosen = {"chosen": fitted.choice.name, "inner_auroc": fitted.choice.aurocs}
+        write_json(place / "choice.json", chosen | {"recipe": to_dict(fitted.choice.recipe)})
     lines = [json.dumps(row) for row in fitted.history]
     if lines:
         write_text(place / "history.jsonl", "\n".join(lines) + "\n")

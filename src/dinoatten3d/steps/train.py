@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ from dinoatten3d.config import EvaluationConfig, Recipe, SliceConfig
 from dinoatten3d.data.cohort import Cohort
 from dinoatten3d.data.slices import take_slices
 from dinoatten3d.data.volume import load_volume
-from dinoatten3d.errors import DinoAtten3DError, RunError
+from dinoatten3d.errors import ConfigError, DinoAtten3DError, RunError
 from dinoatten3d.evaluation.controls import run_baselines, shuffled_aurocs
 from dinoatten3d.evaluation.decisions import (
     calibrate_folds,
@@ -28,6 +30,7 @@ from dinoatten3d.features.store import FeatureStore
 from dinoatten3d.learning.adapt import cross_validate_adapted
 from dinoatten3d.learning.adjust import refuse_target
 from dinoatten3d.learning.bags import Bags, load_bags
+from dinoatten3d.learning.choice import fit_chosen
 from dinoatten3d.learning.fit import CrossValidation, cross_validate, fold_jobs
 from dinoatten3d.learning.run import Run, open_run, run_config, write_run
 from dinoatten3d.report.cases import CaseSlices, choose_cases
@@ -52,11 +55,13 @@ def train_run(
     evaluation: EvaluationConfig,
     note: str = "",
     backbone: Backbone | None = None,
+    alternatives: Mapping[str, Recipe] = MappingProxyType({}),
     progress: Progress = lambda done, total: None,
 ) -> Run:
     """Cross-validate a recipe and its baselines on a cohort, and leave a run folder with its report.
 
-    A recipe that adapts the backbone needs it, and trains one member.
+    A recipe that adapts the backbone needs it, and trains one member. Where there are `alternatives` (the recipe itself
+    among them) inner folds choose one for each fold, and for each shuffle of the labels too.
 
     Raises:
         RunError: `out` exists.
@@ -68,6 +73,9 @@ def train_run(
     refuse_target(recipe.adjust, cohort.target)
     bags = load_bags(cohort, store, layers=recipe.model.layers)
     shuffles = evaluation.shuffles
+    fit = partial(fit_chosen, recipes=alternatives) if alternatives else None
+    if alternatives and evaluation.learning_curve:
+        raise ConfigError("a learning curve is of one recipe; leave out --choose and --grid, or --learning-curve")
     if recipe.adapt == "lora":
         if backbone is None:
             raise RunError("this recipe adapts the backbone; pass the one that made the features")
@@ -78,7 +86,7 @@ def train_run(
         )
     else:
         result = cross_validate(
-            bags, recipe, evaluation, progress=lambda done, total: progress(done, total * (shuffles + 1))
+            bags, recipe, evaluation, fit=fit, progress=lambda done, total: progress(done, total * (shuffles + 1))
         )
     config = run_config(
         name=out.name,
@@ -109,6 +117,7 @@ def train_run(
             bags,
             recipe,
             evaluation,
+            fit=fit,
             progress=lambda done, total: progress(done + total // shuffles, total + total // shuffles),
         ),
     }
