@@ -470,7 +470,7 @@ def test_a_learning_curve_is_kept_and_drawn_and_runs_are_compared(
     call, trained: Path, cohort_folder: Path, tmp_path: Path
 ) -> None:
     given = ("train", cohort_folder / "cohort.csv", "--features", features_of(trained), "--target", "DX", *QUICK)
-    result = call(*given, "--out", tmp_path / "r", "--learning-curve", "--evaluation.shuffles", 0)
+    result = call(*given, "--out", tmp_path / "r", "--learning-curve")
     assert result.code == 0, result.err
     curve = json.loads((tmp_path / "r" / "learning_curve.json").read_text())
     assert [c["name"] for c in curve["curves"]] == ["default", "mean pooling"]

@@ -79,6 +79,8 @@ def train_run(
     if recipe.adapt == "lora":
         if backbone is None:
             raise RunError("this recipe adapts the backbone; pass the one that made the features")
+        if evaluation.learning_curve:
+            raise RunError("a learning curve would adapt the backbone dozens of times; leave out one of the two")
         recipe = replace(recipe, training=replace(recipe.training, members=1))
         evaluation = replace(evaluation, shuffles=0)  # each would adapt anew: days where the run takes hours
         result = cross_validate_adapted(
