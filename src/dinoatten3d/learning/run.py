@@ -7,7 +7,7 @@ import os
 import platform
 import sys
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -26,18 +26,18 @@ from torch import Tensor
 
 from dinoatten3d import __version__
 from dinoatten3d.config import Recipe
-from dinoatten3d.data.cohort import Scan
 from dinoatten3d.data.slices import planes_of
 from dinoatten3d.errors import RunError
 from dinoatten3d.features.reduce import Reduction, read_reduction, write_reduction
 from dinoatten3d.features.store import REDUCTION, FeatureStore
-from dinoatten3d.files import sha256, whole_folder, write_json, write_text
+from dinoatten3d.files import whole_folder, write_json, write_text
 from dinoatten3d.learning.adapt import AdaptedFold
 from dinoatten3d.learning.adjust import Adjustment
 from dinoatten3d.learning.bags import Bags
 from dinoatten3d.learning.deviation_model import DeviationModel
 from dinoatten3d.learning.fit import AdjustedModel, CrossValidation, FittedFold, FoldModel
 from dinoatten3d.learning.model import SliceAttentionNet
+from dinoatten3d.learning.tables import attention_table, cohort_table, model_tables, probability_table, splits_table
 from dinoatten3d.toml import from_dict, to_dict
 
 FORMAT_VERSION = 3
@@ -161,7 +161,7 @@ def write_run(
         attention.to_csv(folder / "attention.csv", index=False)
         if baselines:
             means = {name: by_repeat.mean(axis=0) for name, by_repeat in baselines.items()}
-            _model_tables(bags, means, first).to_csv(folder / "baselines.csv", index=False)
+            model_tables(bags, means, first).to_csv(folder / "baselines.csv", index=False)
         if store.reduction is not None:  # a run answers for new scans without its feature folder
             write_reduction(folder / REDUCTION, store.reduction)
         for fold in range(int(result.folds.max()) + 1):
@@ -172,7 +172,7 @@ def write_run(
             own[own["fold"] == fold].to_csv(place / "predictions.csv", index=False)
             if baselines:
                 once = {name: by_repeat[repeat] for name, by_repeat in baselines.items()}
-                rows = _model_tables(bags, once, np.where(result.folds[repeat] == fold, fold, -1))
+                rows = model_tables(bags, once, np.where(result.folds[repeat] == fold, fold, -1))
                 rows.to_csv(place / "baselines.csv", index=False)
         for fold, fitted in enumerate(result.fitted):
             _write_model(folder / f"fold-{fold}", fitted, {"features": store.digest})
@@ -248,35 +248,6 @@ def acting_settings(recipe: Recipe) -> dict[str, Any]:
     return tables if recipe.adapt == "lora" else {k: v for k, v in tables.items() if k != "lora"}
 
 
-def splits_table(bags: Bags, folds: NDArray[np.int64]) -> pd.DataFrame:
-    """Give one row a scan and repeat with the fold that scores it; -1 where it is only trained on."""
-    one = pd.DataFrame(
-        {
-            "scan_id": [scan.id for scan in bags.scans],
-            "subject": bags.subjects,
-            "label": np.array(bags.classes)[bags.labels.numpy()],
-        }
-    )
-    return pd.concat([one.assign(repeat=r, fold=own) for r, own in enumerate(folds)], ignore_index=True)
-
-
-def probability_table(bags: Bags, probabilities: NDArray[np.float64], folds: NDArray[np.int64]) -> pd.DataFrame:
-    """Give one row a held-out scan: true class, fold, predicted class and a probability for each class."""
-    names = np.array(bags.classes)
-    table = pd.DataFrame(
-        {
-            "scan_id": [scan.id for scan in bags.scans],
-            "subject": bags.subjects,
-            "label": names[bags.labels.numpy()],
-            "fold": folds,
-            "predicted": names[probabilities.argmax(axis=1)],
-        }
-    )
-    for number, name in enumerate(bags.classes):
-        table[f"p_{name}"] = probabilities[:, number]
-    return table[folds >= 0].reset_index(drop=True)
-
-
 def _write_model(place: Path, fitted: FittedFold, header: dict[str, str]) -> None:
     save_file(fitted.model.tensors(), place / "model.safetensors", header)
     if isinstance(fitted, AdaptedFold):
@@ -287,38 +258,6 @@ def _write_model(place: Path, fitted: FittedFold, header: dict[str, str]) -> Non
     lines = [json.dumps(row) for row in fitted.history]
     if lines:
         write_text(place / "history.jsonl", "\n".join(lines) + "\n")
-
-
-def _model_tables(bags: Bags, answers: Mapping[str, NDArray[np.float64]], folds: NDArray[np.int64]) -> pd.DataFrame:
-    tables = [probability_table(bags, found, folds).assign(model=name) for name, found in answers.items()]
-    return pd.concat(tables, ignore_index=True)
-
-
-def attention_table(bags: Bags, weights: NDArray[np.float64], folds: NDArray[np.int64]) -> pd.DataFrame:
-    """Give one row a slice of a held-out scan with its position and weight."""
-    scan, part = np.nonzero(bags.mask.numpy() & (folds >= 0)[:, None])
-    return pd.DataFrame(
-        {
-            "scan_id": np.array([s.id for s in bags.scans])[scan],
-            "fold": folds[scan],
-            "label": np.array(bags.classes)[bags.labels.numpy()[scan]],
-            "slice": part,
-            "plane": np.array(bags.planes)[part],
-            "position_mm": bags.position_mm[scan, part],
-            "weight": weights[scan, part],
-        }
-    )
-
-
-def cohort_table(scans: Sequence[Scan], brain_ml: NDArray[np.float64]) -> pd.DataFrame:
-    """Give one row a scan with its covariates."""
-    names = ("path", "subject", "label", "session", "site", "age", "sex")
-    table = pd.DataFrame({name: [getattr(scan, name) for scan in scans] for name in names})
-    table["path"] = [str(scan.path.resolve()) for scan in scans]
-    table.insert(0, "scan_id", [scan.id for scan in scans])
-    table["brain_ml"] = brain_ml.round(2)
-    table["sha256"] = [sha256(scan.path) if scan.path.is_file() else "" for scan in scans]
-    return table
 
 
 def environment(**more: Any) -> dict[str, Any]:
