@@ -18,6 +18,7 @@ import pytest
 
 from conftest import head
 from dinoatten3d import cli
+from dinoatten3d.cli.options import SOME_FAILED
 from dinoatten3d.data.slices import AXIS
 
 QUICK = [
@@ -382,12 +383,12 @@ def test_a_failed_scan_is_listed_and_the_exit_code_says_so(
     result = call(
         "extract", tmp_path / "c" / "cohort.csv", "--out", tmp_path / "f", "--backbone", tiny_backbone_folder, *SMALL
     )
-    assert result.code == cli.SOME_FAILED
+    assert result.code == SOME_FAILED
     assert "19 scans embedded, 0 found from before, 1 failed" in result.err
     assert "scan07.nii.gz cannot be read as an image" in result.err
     good = cohort_folder / "scans" / "scan00.nii.gz"
     answers = call("predict", trained / "run", bad, good, "--backbone", tiny_backbone_folder)
-    assert answers.code == cli.SOME_FAILED
+    assert answers.code == SOME_FAILED
     assert "scan00:" in answers.out
 
 
@@ -430,7 +431,7 @@ def test_a_new_scan_is_ranked_among_the_healthy_ones(
     bad = tmp_path / "bad.nii.gz"
     bad.write_bytes(b"no image")
     result = call("score", healthy, new, bad, "--backbone", tiny_backbone_folder, "--out", out)
-    assert result.code == cli.SOME_FAILED
+    assert result.code == SOME_FAILED
     assert "of 10 held-out healthy scans" in result.out
     assert "behind the reference" not in result.out
     answer = json.loads((out / "new" / "anomaly.json").read_text())
