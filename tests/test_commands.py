@@ -231,6 +231,41 @@ def test_predict_answers_new_scans_with_all_folds_and_old_ones_with_theirs(
     assert "not for diagnosis" in result.out
 
 
+def test_a_run_that_adjusts_asks_for_covariates_and_knows_those_of_its_own_scans(
+    call, trained: Path, cohort_folder: Path, tiny_backbone_folder: Path, tmp_path: Path
+) -> None:
+    run, table = tmp_path / "run", cohort_folder / "cohort.csv"
+    train = ("train", table, "--features", features_of(trained), "--target", "DX", "--out", run, *QUICK)
+    adjust = ("--adjust.covariates", "age", "--adjust.covariates", "head-size")
+    done = call(*train, *adjust)
+    assert done.code == 0, done.err
+    verdict = json.loads((run / "metrics.json").read_text())["verdict"]["sentences"]
+    assert any("adjusted for age and head size" in sentence for sentence in verdict)
+    assert "Subgroups" in (run / "report.html").read_text()
+
+    old, new = cohort_folder / "scans" / "scan03.nii.gz", tmp_path / "new.nii.gz"
+    image = nib.load(old)
+    nib.Nifti1Image(image.get_fdata(dtype=np.float32) * 1.01, image.affine).to_filename(new)
+    predict = ("predict", run, old, new, "--backbone", tiny_backbone_folder, "--out", tmp_path / "p.json")
+    assert call(*predict).code == 0
+    known, unknown = json.loads((tmp_path / "p.json").read_text())
+    out_of_fold = pd.read_csv(run / "predictions.csv").set_index("scan_id")
+    assert known["probabilities"]["AD"] == pytest.approx(out_of_fold.loc["scan03", "p_AD"], abs=1e-4)
+    assert "age, which was not given" in unknown["notes"][-1]
+    assert call(*predict, "--covariate", "age=90").code == 0
+    told = json.loads((tmp_path / "p.json").read_text())[1]
+    assert told["probabilities"] != unknown["probabilities"]
+    assert not any("not given" in note for note in told["notes"])
+
+    itself = call(*train[:4], "--target", "age", "--out", tmp_path / "itself", *adjust)
+    assert itself.code == 2
+    assert "which is the target" in itself.err.replace("\n", " ")
+    for wrong, said in (("site=A", "has no part in run"), ("age", "wanted a name and a value"), ("age=old", "years")):
+        refused = call(*predict, "--covariate", wrong)
+        assert refused.code == 2
+        assert said in refused.err.replace("\n", " ")
+
+
 def test_explain_lays_the_weights_over_the_scan_in_its_own_grid(
     call, trained: Path, cohort_folder: Path, tiny_backbone_folder: Path, tmp_path: Path
 ) -> None:
