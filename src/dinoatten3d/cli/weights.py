@@ -1,4 +1,4 @@
-"""The commands about weights: a table like cli.py."""
+"""Commands about weights: `weights list`, `fetch`, `verify`."""
 
 from __future__ import annotations
 
