@@ -60,7 +60,7 @@ def main() -> None:
                     print(*rows[-1].values(), flush=True)
     result = pd.DataFrame(rows)
     result.to_csv(arguments.work / "sites.csv", index=False)
-    print(result.pivot_table(index="figure", columns="adjustment", values="auroc", sort=False).round(2).to_markdown())
+    print(result.pivot_table(index="figure", columns="adjustment", values="auroc", sort=False).round(2).to_string())
 
 
 def figures(bags: Bags, recipe: Recipe, seed: int, leave_one_out: bool) -> dict[str, float]:
