@@ -68,7 +68,7 @@ def simulate(
         mask=torch.ones(n, 1, dtype=torch.bool),
         labels=torch.from_numpy(labels),
         scans=tuple(
-            Scan(id=str(i), path=Path(str(i)), subject=str(i), row=i, site="AB"[o]) for i, o in enumerate(other)
+            Scan(id=str(i), path=Path(str(i)), subject=str(i), row=i, site="AB"[int(o)]) for i, o in enumerate(other)
         ),
         position_mm=np.zeros((n, 1)),
         brain_ml=np.full(n, 1400.0),

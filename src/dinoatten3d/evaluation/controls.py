@@ -146,9 +146,18 @@ def out_of_fold(
         for fold in np.unique(assigned[assigned >= 0]):
             train, held_out = assigned != fold, assigned == fold
             if adjust.covariates and inputs is not None:
-                x = inputs(fit_adjustment(bags.take(np.flatnonzero(train)), adjust).apply(bags))
+                x = _adjusted(inputs(bags), bags, train, adjust)
             probabilities[repeat, held_out] = fit_and_score(x[train], labels[train], x[held_out], strength)
     return probabilities
+
+
+def _adjusted(x: Array, bags: Bags, train: NDArray[np.bool_], adjust: AdjustConfig) -> Array:
+    """Adjust what a baseline sees, `[scans, dim]`: what was pooled need not go with a covariate as its slices do."""
+    pooled = replace(
+        bags, features=torch.from_numpy(x)[:, None].float(), mask=torch.ones(len(bags), 1, dtype=torch.bool)
+    )
+    adjusted = fit_adjustment(pooled.take(np.flatnonzero(train)), adjust).apply(pooled)
+    return np.asarray(adjusted.features[:, 0].double().numpy())
 
 
 def fit_and_score(train: Array, labels: NDArray[np.int64], held_out: Array, strength: float) -> Array:

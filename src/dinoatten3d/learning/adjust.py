@@ -1,9 +1,10 @@
 """Age, sex, site and head size taken out of the features, with what the training scans of one fold teach.
 
-What is adjusted is the mean of each scan (its mean CLS token, its mean tissue patch); the change is added to every
-slice and patch of that scan, so that what tells its slices apart stays. Nothing of the scans that will be scored has
-a part in the fit, and nothing but their covariates in the use. Residualising all scans before they are split leaks, and
-biases the figures (Snoek, Miletić & Scholte 2019).
+What is adjusted is each slice (its CLS token; the mean of its tissue patches, whose change is added to all of its
+patches), by what the same slice of the training scans shows. A shift of the whole scan is not enough: where a slice
+depends on a covariate in another way than the scan's mean does, the shift puts the covariate in. Nothing of the scans
+that will be scored has a part in the fit, and nothing but their covariates in the use. Residualising all scans before
+they are split leaks, and biases the figures (Snoek, Miletic & Scholte 2019).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ Array = NDArray[np.float64]
 FEWEST = 3
 """Training scans that a sex or a site needs to be adjusted for; those of a rarer one count as unknown."""
 PARTS = ("features", "means", "tokens")
-"""What bags hold of a scan, each with a mean to adjust."""
+"""What bags hold of a scan, each with a value a slice to adjust."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,10 +96,11 @@ class Adjustment:
         shift = {}
         for name, part in self.parts.items():
             if isinstance(part, Residual):
-                shift[name] = -design @ part.slope
+                change = -design @ part.slope
             else:
-                mean = scan_means(bags, name)
-                shift[name] = part(mean, preserved, site) - mean
+                values = slice_values(bags, name)
+                change = part(values, preserved, site) - values
+            shift[name] = change.reshape(*bags.mask.shape, -1)
         return _shifted(bags, shift)
 
     def unknown(self, bags: Bags) -> list[str]:
@@ -140,7 +142,7 @@ class Adjustment:
 
 
 def fit_adjustment(bags: Bags, config: AdjustConfig) -> Adjustment:
-    """Learn the effect of covariates on the scans' means; their class has no part in it.
+    """Learn the effect of covariates on every slice; the class of the scans has no part in it.
 
     A fit beside the class, or on healthy scans alone, would keep an effect of the class that goes with a covariate. At
     tens or hundreds of scans its error points along the class and flatters: with a site effect and no effect of the
@@ -159,13 +161,13 @@ def fit_adjustment(bags: Bags, config: AdjustConfig) -> Adjustment:
     for name in PARTS:
         if not _has(bags, name):
             continue
-        mean = scan_means(bags, name)
+        values = slice_values(bags, name)
         if config.method == "combat":
             known = site >= 0
-            parts[name] = fit_combat(mean[known], columns[known][:, ~design.of_site], site[known])
+            parts[name] = fit_combat(values[known], columns[known][:, ~design.of_site], site[known])
         else:
-            effects = np.concatenate([np.ones((len(mean), 1)), columns], axis=1)
-            parts[name] = Residual(slope=np.linalg.lstsq(effects, mean, rcond=None)[0][1:])
+            effects = np.concatenate([np.ones((len(values), 1)), columns], axis=1)
+            parts[name] = Residual(slope=np.linalg.lstsq(effects, values, rcond=None)[0][1:])
     return Adjustment(design=design, parts=parts)
 
 
@@ -179,12 +181,11 @@ def refuse_target(config: AdjustConfig, target: str | None) -> None:
         raise ConfigError(f"adjust.covariates holds {target}, which is the target; leave it out")
 
 
-def scan_means(bags: Bags, part: str) -> Array:
-    """Average what bags hold of each scan over its slices, or its tissue patches, `[scans, dim]`."""
-    if part == "tokens":
-        return mean_token(bags)
-    values, mask = getattr(bags, part).double(), bags.mask.double()
-    return np.asarray((torch.einsum("nsd,ns->nd", values, mask) / mask.sum(dim=1, keepdim=True)).numpy())
+def slice_values(bags: Bags, part: str) -> Array:
+    """Give what bags hold of each slice, or the mean of its tissue patches, side by side, `[scans, slices * dim]`."""
+    if part != "tokens":
+        return np.asarray(getattr(bags, part).flatten(1).double().numpy())
+    return np.stack([_slice_means(scan).flatten() for scan in bags.tokens if scan])
 
 
 def mean_token(bags: Bags) -> Array:
@@ -197,16 +198,18 @@ def _fit_design(bags: Bags, config: AdjustConfig) -> Design:
     columns: dict[str, float] = {}
     for name in (covariate.replace("-", " ") for covariate in config.covariates):
         values = table[name].dropna()
-        if values.empty:
-            raise CohortError(
-                f"no training scan has a {name}; fill the column in, or leave it out of adjust.covariates"
-            )
         if name in ("age", "head size"):
-            columns[name] = float(values.mean())
+            own = {name: float(values.mean())} if len(values) else {}
         else:
             counts = values.value_counts().sort_index()
             counts = counts[counts >= FEWEST]
-            columns |= {f"{name}={level}": count / counts.sum() for level, count in counts.items()}
+            own = {f"{name}={level}": count / counts.sum() for level, count in counts.items()}
+        if not own:
+            raise CohortError(
+                f"no training scan has a {name} (that {FEWEST} or more share, if it is a category); fill the column "
+                "in, or leave it out of adjust.covariates"
+            )
+        columns |= own
     return Design(columns=tuple(columns), mean=np.array(list(columns.values())))
 
 
@@ -214,8 +217,15 @@ def _has(bags: Bags, part: str) -> bool:
     return all(scan is not None for scan in bags.tokens) if part == "tokens" else getattr(bags, part) is not None
 
 
+def _slice_means(scan: PatchTokens) -> Array:
+    """Average the tissue patches of each slice (all of them where it has none), `[slices, dim]`."""
+    counted = torch.from_numpy(scan.tissue | ~scan.tissue.any(axis=(1, 2), keepdims=True)).float()
+    total = torch.einsum("srcd,src->sd", torch.from_numpy(scan.tokens).float(), counted)
+    return np.asarray((total / counted.sum(dim=(1, 2))[:, None]).double().numpy())
+
+
 def _shifted(bags: Bags, shift: Mapping[str, Array]) -> Bags:
-    """Add each scan's shift to all of its slices and patches; padding stays zero."""
+    """Add each slice's shift `[scans, slices, dim]` to it and to its patches; padding stays zero."""
     changed: dict[str, Any] = {}
     for name, values in shift.items():
         if name == "tokens":
@@ -224,15 +234,18 @@ def _shifted(bags: Bags, shift: Mapping[str, Array]) -> Bags:
                 for scan, own in zip(bags.tokens, values, strict=True)
             )
         else:
-            step = torch.from_numpy(values).float()[:, None] * bags.mask[..., None]
-            changed[name] = getattr(bags, name) + step
+            changed[name] = getattr(bags, name) + torch.from_numpy(values).float() * bags.mask[..., None]
     return replace(bags, **changed)
 
 
 def _shifted_tokens(scan: PatchTokens, shift: Array) -> PatchTokens:
-    step = torch.from_numpy(shift).float()
+    step = torch.from_numpy(shift).float()[:, None, None]
 
-    def moved(tokens: NDArray[np.float16]) -> NDArray[np.float16]:
-        return np.asarray((torch.from_numpy(tokens).float() + step).half().numpy())
+    def moved(tokens: NDArray[np.float16], by: Tensor) -> NDArray[np.float16]:
+        return np.asarray((torch.from_numpy(tokens).float() + by).half().numpy())
 
-    return replace(scan, tokens=moved(scan.tokens), blemished=moved(scan.blemished))
+    return replace(
+        scan,
+        tokens=moved(scan.tokens, step[: len(scan.tokens)]),
+        blemished=moved(scan.blemished, step[torch.from_numpy(scan.blemished_slice)]),
+    )
