@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from dinoatten3d.config import EvaluationConfig, Recipe
+from dinoatten3d.config import AdjustConfig, EvaluationConfig, Recipe
 from dinoatten3d.errors import ConfigError
 from dinoatten3d.learning.choice import candidates, fit_chosen
 from dinoatten3d.learning.fit import cross_validate, fit_jobs, fold_jobs
@@ -56,7 +57,7 @@ def test_a_grid_gives_every_combination_and_names_it() -> None:
     ("grid", "says"),
     [
         ("training.weight_decai=1", r"no setting 'weight_decai' \(did you mean 'weight_decay'"),
-        ("slices.count=8,16", "it may vary model, loss, training, adjust"),
+        ("slices.count=8,16", "it may vary model, loss, training"),
         ("training.epochs", "wanted a setting and its values"),
         ("training.epochs=many", "training.epochs cannot be 'many'"),
         ("training.epochs=0,5", "training.epochs is 0"),
@@ -72,6 +73,24 @@ def test_an_adapted_backbone_is_not_chosen_by() -> None:
     recipe = replace(QUICK, adapt="lora")
     with pytest.raises(ConfigError, match="adapts the backbone"):
         candidates("mine", recipe, [], ["training.epochs=5,10"])
+
+
+def test_all_candidates_are_adjusted_as_the_run_is(tmp_path: Path) -> None:
+    adjusted = Recipe(adjust=AdjustConfig(covariates=("age", "sex")))
+    found = candidates("default", adjusted, ["paper"], ["training.weight_decay=0.01,1"])
+    assert len(found) == 4
+    assert {recipe.adjust for recipe in found.values()} == {adjusted.adjust}
+    other = tmp_path / "other.toml"
+    other.write_text('[adjust]\ncovariates = ["site"]\n')
+    with pytest.raises(ConfigError, match="adjusts for something else than the run"):
+        candidates("default", adjusted, [str(other)], [])
+
+
+def test_candidates_that_look_at_other_layers_are_refused(tmp_path: Path) -> None:
+    other = tmp_path / "other.toml"
+    other.write_text("[model]\nlayers = [6]\n")
+    with pytest.raises(ConfigError, match=r"has model.layers \[6\], the run \[\]"):
+        candidates("default", Recipe(), [str(other)], [])
 
 
 def test_inner_scores_are_kept_for_the_reader() -> None:

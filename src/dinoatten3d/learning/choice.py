@@ -21,14 +21,15 @@ from dinoatten3d.learning.stack import Job
 from dinoatten3d.toml import from_dict, load_recipe, to_dict
 
 INNER_FOLDS = 3
-OPEN = ("model", "loss", "training", "adjust")
-"""Tables of a recipe that a grid may vary; slices and patches were settled by `extract`."""
+OPEN = ("model", "loss", "training")
+"""Tables of a recipe that a grid may vary; slices and patches were settled by `extract`, and what is adjusted for says
+what is asked: unadjusted features would often win, by what they owe to the covariates."""
 MOST = 24
 """Candidates; a choice among many on tens of scans is luck."""
 
 
 def candidates(name: str, recipe: Recipe, others: Sequence[str], grid: Sequence[str]) -> dict[str, Recipe]:
-    """Give every combination of recipe and grid values by name, the recipe itself first.
+    """Give every combination of recipe and grid values by name, the recipe itself first; all are adjusted as it is.
 
     Args:
         name: What `recipe` is called.
@@ -37,7 +38,8 @@ def candidates(name: str, recipe: Recipe, others: Sequence[str], grid: Sequence[
         grid: Settings and their values, such as `model.dropout=0.1,0.3`.
 
     Raises:
-        ConfigError: A setting or a value does not exist, or there are too many combinations.
+        ConfigError: A setting or a value does not exist, there are too many combinations, or a recipe adapts the
+            backbone, asks for other layers or adjusts for something else.
     """
     settings = [_values(text) for text in grid]
     found: dict[str, Recipe] = {}
@@ -46,6 +48,16 @@ def candidates(name: str, recipe: Recipe, others: Sequence[str], grid: Sequence[
             raise ConfigError(
                 f"recipe '{own_name}' adapts the backbone, which is too slow to choose by; leave adapt none"
             )
+        if own.model.layers != recipe.model.layers:
+            raise ConfigError(
+                f"recipe '{own_name}' has model.layers {list(own.model.layers)}, the run {list(recipe.model.layers)}; "
+                "all candidates must look at the same layers"
+            )
+        if own.adjust.covariates and own.adjust != recipe.adjust:
+            raise ConfigError(
+                f"recipe '{own_name}' adjusts for something else than the run; give one --adjust for all candidates"
+            )
+        own = replace(own, adjust=recipe.adjust)
         for values in itertools.product(*(values for _, values in settings)):
             chosen = dict(zip((key for key, _ in settings), values, strict=True))
             told = ", ".join(f"{key} {value}" for key, value in chosen.items())
