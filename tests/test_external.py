@@ -17,12 +17,14 @@ from dinoatten3d.cli import app
 from dinoatten3d.config import EvaluationConfig, PatchConfig, Recipe, SliceConfig, TrainingConfig
 from dinoatten3d.data.cohort import read_cohort
 from dinoatten3d.errors import RunError
+from dinoatten3d.evaluation.answers import read_answers
 from dinoatten3d.features.backbone import load_backbone
 from dinoatten3d.features.extract import extract
+from dinoatten3d.features.store import open_store
 from dinoatten3d.features.weights import find_weights
 from dinoatten3d.learning.run import open_run
 from dinoatten3d.steps.evaluate import evaluate_run
-from dinoatten3d.steps.train import train_run
+from dinoatten3d.steps.train import report_run, train_run
 
 SLICES = SliceConfig(count=6, size_px=112)
 PATCHES = PatchConfig(layers=(2,), blemished=3)
@@ -84,14 +86,35 @@ def test_the_answers_are_those_of_the_run_and_every_control_is_there(room: Path,
     assert not list((tmp_path / "out").rglob("model.safetensors"))
 
 
+def test_the_order_of_the_classes_given_changes_nothing(room: Path, tmp_path: Path) -> None:
+    store = open_store(Path((room / "store.txt").read_text()))
+    for name, classes in (("one", ["NL", "AD"]), ("two", ["AD", "NL"])):
+        table = read_cohort(room / "other" / "other.csv", target="DX", classes=classes)
+        evaluate_run(open_run(room / "run"), table, store, tmp_path / name)
+    for file in ("predictions.csv", "baselines.csv", "decisions.csv"):
+        assert (tmp_path / "one" / file).read_text() == (tmp_path / "two" / file).read_text()
+
+
+def test_an_evaluation_does_not_claim_the_split_or_the_shuffles_of_its_run(room: Path, tmp_path: Path) -> None:
+    evaluate(room, room / "other" / "other.csv", tmp_path / "out")
+    evaluation = open_run(tmp_path / "out")
+    assert set(evaluation.config["evaluation"]) == {"seed", "bootstrap", "sensitivity", "alpha", "repeats"}
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "runs of the whole pipeline" not in page
+    assert "999 draws, against the same answers" in page
+    report_run(tmp_path / "out")
+    assert (tmp_path / "out" / "report.html").read_text() == page
+    shutil.copytree(tmp_path / "out", tmp_path / "other")
+    answers = read_answers([evaluation, open_run(tmp_path / "other")])
+    assert answers[0].partition() == "another cohort, by the models of run"
+
+
 def test_without_the_runs_own_scans_only_the_class_frequencies_are_left(room: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(room / "run", run)
     cohort = (run / "cohort.csv").read_text()
     (run / "cohort.csv").write_text(cohort.replace("/scan", "/gone"))
     table = read_cohort(room / "other" / "other.csv", target="DX", classes=["NL", "AD"])
-    from dinoatten3d.features.store import open_store
-
     evaluate_run(open_run(run), table, open_store(Path((room / "store.txt").read_text())), tmp_path / "out")
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert [m["name"] for m in metrics["models"]][1:] == ["prior"]
@@ -128,8 +151,6 @@ def test_an_evaluation_has_no_models_to_evaluate_with(room: Path, tmp_path: Path
 
 
 def test_a_class_that_the_run_does_not_know_is_refused(room: Path, tmp_path: Path) -> None:
-    from dinoatten3d.features.store import open_store
-
     table = read_cohort(room / "other" / "other.csv", target="DX", classes=["NL", "Alzheimer=AD"])
     with pytest.raises(RunError, match="class 'Alzheimer' is none of the run's: NL, AD"):
         evaluate_run(

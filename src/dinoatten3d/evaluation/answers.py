@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -41,6 +42,8 @@ class Answers:
 
     def partition(self) -> str:
         """Say in a few words who was held out when."""
+        if self.run.evaluates is not None:
+            return f"another cohort, by the models of {Path(self.run.evaluates).name}"
         repeats = self.splits["repeat"].nunique()
         folds = self.run.folds // repeats
         kind = self.run.config["evaluation"].get("split", "folds")

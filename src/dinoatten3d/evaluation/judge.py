@@ -97,7 +97,7 @@ def judge(run: Run) -> dict[str, Any]:
         "decisions": _decisions(run, labels, in_order[model["name"]], subjects),
         "verdict": verdict._asdict(),
     }
-    metrics["verdict"]["sentences"] += adjustment_sentences(run.recipe.adjust, evaluation["split"])
+    metrics["verdict"]["sentences"] += adjustment_sentences(run.recipe.adjust, evaluation.get("split", ""))
     metrics["verdict"]["sentences"] += subgroup_sentences(subgroups, model["pooled"])
     metrics["verdict"]["sentences"] += attention_sentences(attention)
     if any((run.folder / f"fold-{fold}" / "choice.json").exists() for fold in range(run.folds)):

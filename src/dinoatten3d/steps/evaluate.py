@@ -29,6 +29,9 @@ from dinoatten3d.learning.fit import Scored
 from dinoatten3d.learning.run import Run, now, write_run
 from dinoatten3d.steps.train import report_run
 
+JUDGED_BY = ("seed", "bootstrap", "sensitivity", "alpha")
+"""What an evaluation takes over of the run's settings; how the run was split has no part in it."""
+
 
 def evaluate_run(run: Run, cohort: Cohort, store: FeatureStore, out: Path) -> Run:
     """Score another cohort with the models of a run, and leave a folder with tables, figures and a report.
@@ -45,7 +48,8 @@ def evaluate_run(run: Run, cohort: Cohort, store: FeatureStore, out: Path) -> Ru
         raise RunError(f"{out} exists; choose another --out or remove it (a run is never overwritten)")
     refuse_other_features(run, store)
     refuse_seen(run, cohort)
-    bags = load_bags(replace(cohort, classes=run.classes), store, layers=run.recipe.model.layers)
+    cohort = replace(cohort, classes=run.classes)  # in the order in which the models answer
+    bags = load_bags(cohort, store, layers=run.recipe.model.layers)
     answers = external_answers(run, bags)
     result = as_one_fold(answers)
     controls = {
@@ -55,7 +59,7 @@ def evaluate_run(run: Run, cohort: Cohort, store: FeatureStore, out: Path) -> Ru
     about = {
         "run": run.config["run"] | {"name": out.name, "created": now(), "evaluates": str(run.folder.resolve())},
         "cohort": run.config["cohort"] | {"path": str(cohort.source.resolve())},
-        "evaluation": run.config["evaluation"] | {"repeats": 1},
+        "evaluation": {name: run.config["evaluation"][name] for name in JUDGED_BY} | {"repeats": 1},
     }
     evaluation = write_run(
         out,
