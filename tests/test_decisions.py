@@ -126,3 +126,32 @@ def test_a_calibration_survives_the_disk(temperature: float, threshold: float | 
 def test_shares_beyond_their_range_are_refused(name: str, value: float) -> None:
     with pytest.raises(ConfigError, match=f"evaluation.{name} is"):
         EvaluationConfig(**{name: value})  # type: ignore[arg-type]
+
+
+def test_several_scans_of_a_person_do_not_make_the_coverage_surer() -> None:
+    probabilities, labels = draws(60)
+    rng = np.random.default_rng(0)
+    calibration = Calibration(temperature=1.0, threshold=0.5, inner=((0.2, 0.4, 0.6), (0.2, 0.4, 0.6)))
+    width = []
+    for times in (1, 5):
+        several, truth, people = (np.repeat(x, times, axis=0) for x in (probabilities, labels, np.arange(60)))
+        order = rng.permutation(len(truth))
+        table = decision_table(decide([calibration], [several[order]]), list(map(str, order)), ("a", "b"), 0.5)
+        found = judge_decisions(
+            table, truth[order], several[order], people[order].astype(str), ["a", "b"], EvaluationConfig(alpha=0.5)
+        )
+        held = found["sets"]["coverage"]["b"]
+        assert 0 < held["low"] < held["value"] < held["high"] < 1
+        width.append(held["high"] - held["low"])
+    assert width[1] == pytest.approx(width[0], rel=0.1)
+
+
+def test_a_class_without_a_scan_has_no_coverage() -> None:
+    probabilities, _ = draws(20)
+    calibration = Calibration(temperature=1.0, threshold=0.5, inner=((0.5,), (0.5,)))
+    table = decision_table(decide([calibration], [probabilities]), list(map(str, range(20))), ("a", "b"), 0.1)
+    people = np.arange(20).astype(str)
+    found = judge_decisions(
+        table, np.zeros(20, int), probabilities, people, ["a", "b"], EvaluationConfig(bootstrap=100)
+    )
+    assert np.isnan(found["sets"]["coverage"]["b"]["value"])

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy.stats import binomtest
 
 from dinoatten3d.config import EvaluationConfig
 from dinoatten3d.evaluation.calibration import (
@@ -26,7 +25,7 @@ from dinoatten3d.evaluation.calibration import (
     threshold_for_sensitivity,
     youden_threshold,
 )
-from dinoatten3d.evaluation.intervals import bootstrap_intervals
+from dinoatten3d.evaluation.intervals import bootstrap_intervals, interval_around, subject_weights
 from dinoatten3d.learning.fit import CrossValidation, FittedFold
 from dinoatten3d.learning.run import Run
 
@@ -132,6 +131,9 @@ def read_calibrations(run: Run) -> list[Calibration] | None:
 def decide(calibrations: Sequence[Calibration], answers: Sequence[Array]) -> Decisions:
     """Decide on scans that several models answered: calibrated probabilities, margins and p-values are averaged.
 
+    A mean of p-values is only sure to be right within a factor of two (Vovk & Wang 2020), and a model's epoch was
+    chosen on its inner scans: so alpha is what is wanted of the sets, and their coverage is measured.
+
     Args:
         calibrations: Of each model.
         answers: Its probabilities, `[n, classes]` each.
@@ -212,7 +214,10 @@ def judge_decisions(
             "size": float(inside.sum(axis=1).mean()),
             "single": float((inside.sum(axis=1) == 1).mean()),
             "empty": float((inside.sum(axis=1) == 0).mean()),
-            "coverage": {name: _coverage(inside[labels == k, k]) for k, name in enumerate(classes)},
+            "coverage": {
+                name: _coverage(inside[labels == k, k], subjects[labels == k], evaluation)
+                for k, name in enumerate(classes)
+            },
         },
         "abstention": _abstention(labels, calibrated),
     }
@@ -225,9 +230,15 @@ def _quality(labels: NDArray[np.int64], probabilities: Array) -> dict[str, float
     }
 
 
-def _coverage(held: NDArray[np.bool_]) -> dict[str, float]:
-    interval = binomtest(int(held.sum()), len(held)).proportion_ci(method="wilson")
-    return {"value": float(held.mean()), "low": interval.low, "high": interval.high}
+def _coverage(held: NDArray[np.bool_], subjects: NDArray[Any], evaluation: EvaluationConfig) -> dict[str, float]:
+    """Give the share of a class's scans that its sets hold, with an interval from bootstrap draws of subjects."""
+    if len(held) == 0:
+        return {"value": np.nan, "low": np.nan, "high": np.nan}
+    one_class = np.zeros(len(held), np.int64)
+    weights = subject_weights(one_class, subjects, replicates=evaluation.bootstrap, seed=evaluation.seed)
+    drawn = weights @ held / weights.sum(axis=1)
+    spread = float(drawn.std(ddof=1))
+    return interval_around(float(held.mean()), spread, fewest=len(np.unique(subjects)))._asdict()
 
 
 def _abstention(labels: NDArray[np.int64], probabilities: Array) -> list[dict[str, float]]:
