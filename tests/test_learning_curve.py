@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,14 +11,18 @@ import torch
 from scipy.optimize import curve_fit
 from sklearn.metrics import roc_auc_score
 
-from dinoatten3d.config import EvaluationConfig
+from dinoatten3d.config import AdjustConfig, EvaluationConfig
 from dinoatten3d.data.cohort import Scan
 from dinoatten3d.errors import CohortError, ConfigError
+from dinoatten3d.evaluation.controls import run_baselines
 from dinoatten3d.evaluation.intervals import Interval, auroc_half_width
-from dinoatten3d.evaluation.learning_curve import Trial, nested_share, trace_curve, train_on_shares
+from dinoatten3d.evaluation.learning_curve import Trial, learning_curve, nested_share, trace_curve, train_on_shares
 from dinoatten3d.evaluation.power_law import fit_power_law, subjects_needed, why_not_extrapolate
 from dinoatten3d.learning.bags import Bags
+from dinoatten3d.learning.fit import cross_validate
 from dinoatten3d.report.curve_figure import learning_curve_figure
+from test_adjust import scanned
+from test_learning import QUICK
 
 SCANS = np.array([12.0, 20, 30, 42, 60])
 
@@ -183,3 +188,17 @@ def test_the_figure_ends_at_the_last_place_that_is_followed() -> None:
     labels = [text.get_text() for text in figure.axes[0].get_xticklabels()]
     assert labels[-1] == "720"
     figure.canvas.draw()
+
+
+def test_the_baseline_is_adjusted_as_the_run_is_and_only_scored_subjects_are_counted() -> None:
+    data = scanned(n=120, site_effect=2, class_effect=1)
+    recipe = replace(QUICK, adjust=AdjustConfig(covariates=("site",)))
+    folds = np.arange(120) % 2 - 1  # half is only trained on
+    evaluation = EvaluationConfig(bootstrap=100)
+    result = cross_validate(data, recipe, evaluation, folds=folds)
+    found = learning_curve(data, recipe, "quick", evaluation, result)
+    baseline = run_baselines(data, folds, "DX", recipe.adjust)["mean pooling"][0]
+    scored = folds >= 0
+    expected = roc_auc_score(data.labels.numpy()[scored], baseline[scored, 1])
+    assert found.curves[1].points[-1]["value"] == pytest.approx(expected)
+    assert found.needed["subjects_now"] == 60

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,6 +33,7 @@ from dinoatten3d.evaluation.power_law import (
     subjects_needed,
     why_not_extrapolate,
 )
+from dinoatten3d.learning.adjust import fit_adjustment
 from dinoatten3d.learning.bags import Bags
 from dinoatten3d.learning.fit import CrossValidation, fit_fold
 
@@ -101,6 +102,8 @@ def learning_curve(
 ) -> LearningCurve:
     """Train a recipe, and mean pooling + logistic regression, on growing shares of the training subjects.
 
+    Where the recipe adjusts the features, they are adjusted for both, anew on each share.
+
     Args:
         bags: Labelled bags.
         recipe: The recipe of the run.
@@ -110,15 +113,20 @@ def learning_curve(
         progress: Called with models trained and how many there will be.
     """
     folds, pooled, labels = result.folds[0], mean_pooled(bags), bags.labels.numpy()
+    plain = replace(bags, tokens=(None,) * len(bags), means=None)  # what mean pooling looks at
 
     def train_recipe(rows: Rows, held_out: Rows, fold: int) -> Array:
         fitted = fit_fold(bags.take(rows), recipe, seed=evaluation.seed * 1000 + fold)
         return fitted.model.score(bags.take(held_out))[0]
 
     def train_pooled(rows: Rows, held_out: Rows, fold: int) -> Array:
-        return fit_and_score(pooled[rows], labels[rows], pooled[held_out], 0.01)
+        x = pooled
+        if recipe.adjust.covariates:
+            x = mean_pooled(fit_adjustment(plain.take(rows), recipe.adjust).apply(plain))
+        return fit_and_score(x[rows], labels[rows], x[held_out], 0.01)
 
-    all_scans = {recipe_name: result.by_repeat[0], "mean pooling": out_of_fold(bags, folds, mean_pooled, 0.01)[0]}
+    pooled_on_all = out_of_fold(plain, folds, mean_pooled, 0.01, recipe.adjust)[0]
+    all_scans = {recipe_name: result.by_repeat[0], "mean pooling": pooled_on_all}
     curves, notes = [], []
     for name, learn in ((recipe_name, train_recipe), ("mean pooling", train_pooled)):
         report = progress if learn is train_recipe else (lambda done, total: None)
@@ -126,7 +134,8 @@ def learning_curve(
         trials.append(Trial(1.0, _mean_size(folds), all_scans[name]))
         curves.append(trace_curve(name, labels, bags.subjects, folds >= 0, trials, evaluation))
         notes += [f"{name}: {note}" for note in skipped]
-    return LearningCurve(curves=curves, needed=_needed(curves[0], bags, evaluation.wanted_half_width), notes=notes)
+    scored = bags.take(np.flatnonzero(folds >= 0))
+    return LearningCurve(curves=curves, needed=_needed(curves[0], scored, evaluation.wanted_half_width), notes=notes)
 
 
 def train_on_shares(
@@ -253,7 +262,11 @@ def _sentence(name: str, last: dict[str, float], ahead: list[dict[str, float]], 
 
 
 def _needed(curve: Curve, bags: Bags, half_width: float) -> dict[str, Any]:
-    """Plan the next cohort at the AUROC that the curve leads to (or has now), with the classes' shares of this one."""
+    """Plan the next cohort at the AUROC that the curve leads to (or has now), with the classes' shares of this one.
+
+    Only subjects that are scored narrow an interval, so `bags` holds no others; those that are trained on are taken to
+    grow with them.
+    """
     first = np.unique(bags.subjects, return_index=True)[1]
     counts = np.bincount(bags.labels.numpy()[first], minlength=len(bags.classes))
     now, few = int(counts.sum()), int(counts.min())
@@ -273,7 +286,7 @@ def _needed(curve: Curve, bags: Bags, half_width: float) -> dict[str, Any]:
 
     now_half = auroc_half_width(few, now - few, auroc_at(now))
     wanted = now if now_half <= half_width else subjects_needed(half_width, few / now, auroc_at, at_least=now)
-    said = f"The {now} subjects of this cohort let a 95 % interval of the AUROC of ±{now_half:.2f} be expected"
+    said = f"The {now} subjects that were scored let a 95 % interval of the AUROC of ±{now_half:.2f} be expected"
     if wanted != now:
         name, place = bags.classes[int(counts.argmin())], "the curve leads to" if curve.ahead else "was seen"
         number = "more than 100,000" if wanted is None else f"about {wanted}"
