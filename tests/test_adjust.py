@@ -258,6 +258,16 @@ def test_a_rare_category_counts_as_unknown_and_an_empty_column_is_refused() -> N
         fit_adjustment(empty, SITE)
 
 
+def test_sites_that_are_all_rare_are_refused_and_a_single_one_is_known() -> None:
+    data = scanned()
+    rare = replace(data, scans=tuple(replace(scan, site=f"S{i // 2}") for i, scan in enumerate(data.scans)))
+    for config in (SITE, COMBAT):
+        with pytest.raises(CohortError, match="that 3 or more share"):
+            fit_adjustment(rare, config)
+    single = replace(data, scans=tuple(replace(scan, site="A") for scan in data.scans))
+    assert fit_adjustment(single, SITE).unknown(single.take(np.array([0]))) == []
+
+
 @BOTH
 def test_an_adjustment_survives_the_disk(config: AdjustConfig, tmp_path: Path) -> None:
     data = with_tokens(scanned())

@@ -105,17 +105,16 @@ class Adjustment:
 
     def unknown(self, bags: Bags) -> list[str]:
         """Say which covariates of the one scan in `bags` are not known and were taken at the training mean."""
-        columns, scan = self.design.encode(bags)[0], bags.scans[0]
+        scan, table = bags.scans[0], person_and_site(bags.scans, bags.brain_ml)
         notes = []
         for name in dict.fromkeys(column.partition("=")[0] for column in self.design.columns):
-            own = [n for n, column in enumerate(self.design.columns) if column.partition("=")[0] == name]
             given = {"age": scan.age, "sex": scan.sex, "site": scan.site, "head size": 1}[name]
             levels = self.design.levels(name)
             if given is None:
                 notes.append(
                     f"the model adjusts for {name}, which was not given: taken at the mean of the training scans"
                 )
-            elif levels and not columns[own].any():
+            elif levels and table[name].iloc[0] not in levels:
                 notes.append(
                     f"{name} '{given}' is not among those of the training scans ({', '.join(levels)}): left as it is"
                 )
