@@ -451,6 +451,17 @@ def test_anomaly_scores_every_scan_and_lays_the_farthest_over_theirs(healthy: Pa
     assert (maps[0] / "slices.png").stat().st_size > 10_000
 
 
+def test_a_single_patient_has_a_score_and_no_auroc(call, trained: Path, cohort_folder: Path, tmp_path: Path) -> None:
+    rows = (cohort_folder / "cohort.csv").read_text().replace("scans/", f"{cohort_folder}/scans/").splitlines()
+    table = tmp_path / "one.csv"
+    table.write_text("\n".join([*rows[:3], *rows[3::2]]) + "\n")  # s01 is the only patient
+    given = ("--features", features_of(trained), "--target", "DX", "--out", tmp_path / "out", "--maps=0", "--folds=4")
+    found = call("anomaly", table, *given, "--classes=NL=NL", "--classes=AD=AD")
+    assert found.code == 0
+    assert "one subject of a class has no AUROC" in found.out
+    assert len(pd.read_csv(tmp_path / "out" / "scores.csv")) == 11
+
+
 def test_an_anomaly_folder_is_never_overwritten(call, healthy: Path, trained: Path, cohort_folder: Path) -> None:
     again = call("anomaly", cohort_folder / "cohort.csv", "--features", features_of(trained), "--out", healthy)
     assert again.code == 2

@@ -59,6 +59,13 @@ def test_thirds_of_age_hold_everyone_whose_age_is_known_once() -> None:
     assert not [row for row in figures(cohort, labels, probabilities) if row["covariate"] == "age"]
 
 
+def test_thirds_within_one_year_keep_their_own_names() -> None:
+    labels, probabilities, cohort = answers()
+    cohort["age"] = np.linspace(0.01, 0.3, 120)
+    thirds = [row for row in figures(cohort, labels, probabilities) if row["covariate"] == "age"]
+    assert [row["scans"] for row in thirds] == [40, 40, 40]
+
+
 def test_a_group_with_few_people_of_a_class_has_no_figure() -> None:
     labels, probabilities, cohort = answers()
     small = next(row for row in figures(cohort, labels, probabilities) if row["group"] == "B")

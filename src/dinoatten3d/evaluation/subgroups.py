@@ -115,5 +115,5 @@ def _tertiles(values: pd.Series[Any], unit: str) -> dict[str, NDArray[np.bool_]]
     groups = {}
     for third in np.unique(place[known]):
         inside = place == third
-        groups[f"{numbers[inside].min():.0f} to {numbers[inside].max():.0f} {unit}"] = inside
+        groups[f"{numbers[inside].min():.4g} to {numbers[inside].max():.4g} {unit}"] = inside
     return groups

@@ -54,6 +54,9 @@ def find_anomalies(
     sentences = [f"{out}: {len(table)} scans; the farthest is {top['scan_id']} ({top['heaviest_slice_mm']:.0f} mm)."]
     for name in cohort.classes[1:]:
         kept = table[table["label"].isin([healthy, name])]
+        if kept.groupby("label")["subject"].nunique().min() < 2:
+            sentences.append(f"{name} against {healthy}: one subject of a class has no AUROC.")
+            continue
         positive = (kept["label"] == name).to_numpy()
         auroc = delong_interval(positive.astype(int), kept["score"].to_numpy(), subjects=kept["subject"].to_numpy())
         sentences.append(
