@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from scipy.stats import binom
 
 from dinoatten3d.config import EvaluationConfig
+from dinoatten3d.errors import CohortError
 from dinoatten3d.evaluation.controls import (
     baselines,
     max_pooled,
@@ -21,7 +23,9 @@ from dinoatten3d.evaluation.controls import (
 )
 from dinoatten3d.evaluation.metrics import score
 from dinoatten3d.learning.bags import Bags
+from dinoatten3d.learning.fit import FittedFold, Progress, fit_jobs
 from dinoatten3d.learning.splits import partition
+from dinoatten3d.learning.stack import Job
 from test_learning import QUICK, bags
 
 
@@ -81,6 +85,20 @@ def test_shuffled_labels_reach_chance_where_true_ones_reach_the_top() -> None:
     assert abs(np.mean(found) - 0.5) < 0.15
     assert max(found) < 0.9
     assert found == shuffled_aurocs(data, QUICK, evaluation)
+
+
+def test_a_shuffle_that_cannot_be_fitted_does_not_take_the_others_with_it() -> None:
+    data = bags(per_class=12)
+    evaluation = EvaluationConfig(folds=3, shuffles=4)
+    everyone = shuffled_aurocs(data, QUICK, evaluation)
+    third = shuffle_between_subjects(data, np.random.default_rng([evaluation.seed, 2]))
+
+    def fit(bags: Bags, jobs: Sequence[Job], *, progress: Progress) -> list[FittedFold]:
+        if any(np.array_equal(job.labels, third[job.rows]) for job in jobs):
+            raise CohortError("too few of something")
+        return fit_jobs(bags, jobs, QUICK)
+
+    assert shuffled_aurocs(data, QUICK, evaluation, fit=fit) == [*everyone[:2], everyone[3]]
 
 
 def test_the_permutation_p_value_is_uniform_without_an_effect() -> None:

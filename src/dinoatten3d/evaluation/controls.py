@@ -202,16 +202,18 @@ def shuffled_aurocs(
     # trained models go side by side; solved ones are large, one shuffle at a time
     groups = [shuffles] if recipe.model.pooling == "attention" else [[shuffle] for shuffle in shuffles]
     found: list[float] = []
-    for done, group in enumerate(groups):
+    for done, group in enumerate(groups):  # which may grow
         if not group:
             continue
+        total = len(groups)
         try:
             fitted = (fit or partial(fit_jobs, recipe=recipe))(
                 bags,
                 [job for shuffle in group for job in shuffle.jobs],
-                progress=lambda now, total, done=done: progress(done * total + now, len(groups) * total),  # type: ignore[misc]
+                progress=lambda now, most, done=done, total=total: progress(done * most + now, total * most),  # type: ignore[misc]
             )
-        except CohortError:  # too few of something among these references, by chance
+        except CohortError:  # too few of something in one of them, by chance: the others are fitted without it
+            groups += [[shuffle] for shuffle in group] if len(group) > 1 else []
             continue
         for number, shuffle in enumerate(group):
             own = fitted[number * len(shuffle.jobs) : (number + 1) * len(shuffle.jobs)]
