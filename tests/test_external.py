@@ -156,3 +156,11 @@ def test_a_class_that_the_run_does_not_know_is_refused(room: Path, tmp_path: Pat
         evaluate_run(
             open_run(room / "run"), table, open_store(Path((room / "store.txt").read_text())), tmp_path / "out"
         )
+
+
+def test_a_cohort_without_one_of_the_classes_is_refused_and_leaves_nothing(room: Path, tmp_path: Path) -> None:
+    table = read_cohort(room / "other" / "other.csv", target="DX", classes=["AD"], ignore=["NL"])
+    store = open_store(Path((room / "store.txt").read_text()))
+    with pytest.raises(RunError, match="no scan of this cohort is of class 'NL'"):
+        evaluate_run(open_run(room / "run"), table, store, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -24,7 +24,7 @@ SHUFFLES = 999
 
 
 def refuse_seen(run: Run, cohort: Cohort) -> None:
-    """Refuse a cohort that shares a person or a file with the run's, or has a class that the run does not know.
+    """Refuse a cohort that shares a person or a file with the run's, or does not have the classes that the run has.
 
     Raises:
         RunError: It does; the message names the first one.
@@ -32,6 +32,13 @@ def refuse_seen(run: Run, cohort: Cohort) -> None:
     strangers = sorted(set(cohort.classes) - set(run.classes))
     if strangers:
         raise RunError(f"class '{strangers[0]}' is none of the run's: {', '.join(run.classes)}; group with --classes")
+    held = {scan.label for scan in cohort.scans}
+    absent = [name for name in run.classes if name not in held]
+    if absent:
+        raise RunError(
+            f"no scan of this cohort is of class '{absent[0]}', which the run tells from the others; add some, or "
+            "train a run on the classes that both cohorts have"
+        )
     known = run.table("cohort.csv")
     people, files = set(known["subject"]), dict(zip(known["sha256"], known["scan_id"], strict=True))
     for scan in cohort.scans:
