@@ -206,7 +206,7 @@ def test_features_without_patches_and_too_few_references_are_named() -> None:
     with pytest.raises(CohortError, match="has 3 subjects in the training scans"):
         fit_deviation(bags.tokens[:3], bags.subjects[:3], np.ones(3, bool), planes=bags.planes, seed=0)  # type: ignore[arg-type]
     bare = [replace(t, blemished_weight=t.blemished_weight * 0) for t in bags.tokens if t is not None]
-    with pytest.raises(CohortError, match="hold no blemished patches"):
+    with pytest.raises(CohortError, match="hold no patch that was painted darker"):
         fit_deviation(bare, bags.subjects, bags.labels.numpy() == 0, planes=bags.planes, seed=0)
 
 

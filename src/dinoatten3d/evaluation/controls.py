@@ -146,17 +146,17 @@ def out_of_fold(
         for fold in np.unique(assigned[assigned >= 0]):
             train, held_out = assigned != fold, assigned == fold
             if adjust.covariates and inputs is not None:
-                x = _adjusted(inputs(bags), bags, train, adjust)
+                x = adjusted_inputs(inputs(bags), bags, np.flatnonzero(train), adjust)
             probabilities[repeat, held_out] = fit_and_score(x[train], labels[train], x[held_out], strength)
     return probabilities
 
 
-def _adjusted(x: Array, bags: Bags, train: NDArray[np.bool_], adjust: AdjustConfig) -> Array:
+def adjusted_inputs(x: Array, bags: Bags, train: NDArray[np.int64], adjust: AdjustConfig) -> Array:
     """Adjust what a baseline sees, `[scans, dim]`: what was pooled need not go with a covariate as its slices do."""
     pooled = replace(
         bags, features=torch.from_numpy(x)[:, None].float(), mask=torch.ones(len(bags), 1, dtype=torch.bool)
     )
-    adjusted = fit_adjustment(pooled.take(np.flatnonzero(train)), adjust).apply(pooled)
+    adjusted = fit_adjustment(pooled.take(train), adjust).apply(pooled)
     return np.asarray(adjusted.features[:, 0].double().numpy())
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from dinoatten3d.config import EvaluationConfig, Recipe
 from dinoatten3d.errors import CohortError, DinoAtten3DError
-from dinoatten3d.evaluation.controls import fit_and_score, mean_pooled, out_of_fold
+from dinoatten3d.evaluation.controls import adjusted_inputs, fit_and_score, mean_pooled, out_of_fold
 from dinoatten3d.evaluation.intervals import (
     Interval,
     auroc_half_width,
@@ -33,7 +33,6 @@ from dinoatten3d.evaluation.power_law import (
     subjects_needed,
     why_not_extrapolate,
 )
-from dinoatten3d.learning.adjust import fit_adjustment
 from dinoatten3d.learning.bags import Bags
 from dinoatten3d.learning.fit import CrossValidation, fit_fold
 
@@ -122,7 +121,7 @@ def learning_curve(
     def train_pooled(rows: Rows, held_out: Rows, fold: int) -> Array:
         x = pooled
         if recipe.adjust.covariates:
-            x = mean_pooled(fit_adjustment(plain.take(rows), recipe.adjust).apply(plain))
+            x = adjusted_inputs(pooled, plain, rows, recipe.adjust)
         return fit_and_score(x[rows], labels[rows], x[held_out], 0.01)
 
     pooled_on_all = out_of_fold(plain, folds, mean_pooled, 0.01, recipe.adjust)[0]

@@ -181,7 +181,10 @@ def _fit_plane(
         parts[part] = [_sum([*parts[part], *(_moments(scans[i], others, mirror, rng) for i in own[person])])]
     whole = _sum([moments for found in parts for moments in found])
     if float(whole.counts.min()) < 1:
-        raise CohortError("the features hold no blemished patches; extract with --patches.blemished 8")
+        raise CohortError(
+            f"the scans of {len(people)} reference subjects hold no patch that was painted darker, or none that was "
+            "painted brighter; extract with more --patches.blemished (8 by default), or add reference scans"
+        )
     held_out = [_solve(_sum([m for k, found in enumerate(parts) if k != part for m in found])) for part in range(PARTS)]
     weight, bias = _solve(whole)
     raw = []
