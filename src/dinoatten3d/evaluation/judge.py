@@ -31,53 +31,29 @@ def judge(run: Run) -> dict[str, Any]:
         fold and class and the confusion matrix; chance; the AUROCs on shuffled labels; how far the attention is from
         uniform; and the verdict.
     """
-    evaluation = run.config["evaluation"]
-    predictions = run.table("predictions.csv")
-    classes = list(run.classes)
-    labels = class_index(predictions["label"], classes)
-    subjects = predictions["subject"].to_numpy()
-    descriptions = {b.name: b.description for b in baselines(run.config["cohort"]["target"])}
-    answers = {run.config["run"]["recipe"]: predictions}
-    answers |= dict(tuple(run.table("baselines.csv").groupby("model", sort=False)))
-    in_order = {
-        name: table.set_index("scan_id").loc[predictions["scan_id"], [f"p_{c}" for c in classes]].to_numpy(np.float64)
-        for name, table in answers.items()
-    }
-    by_fold = fold_scores(run)
-    models = [
-        {
-            "name": name,
-            "role": "baseline" if number else "model",
-            "description": descriptions.get(name, "slice attention, out of fold"),
-            "pooled": pooled_figures(labels, probabilities, subjects, evaluation),
-            "folds": by_fold["" if number == 0 else name],
-            "classes": {c: vars(s) for c, s in zip(classes, per_class_scores(labels, probabilities), strict=True)},
-            "confusion": confusion(labels, probabilities).tolist(),
-        }
-        for number, (name, probabilities) in enumerate(in_order.items())
-    ]
+    evaluation, classes = run.config["evaluation"], list(run.classes)
+    predictions, answers, by_fold = run.table("predictions.csv"), all_answers(run), fold_scores(run)
+    labels, subjects = class_index(predictions["label"], classes), predictions["subject"].to_numpy()
+    models = _models(run, answers, labels, subjects, by_fold)
     model, best = models[0], max(models[1:], key=lambda m: m["pooled"]["auroc"]["value"])
+    raw = answers[model["name"]]
     gain = paired_bootstrap_difference(
-        labels,
-        in_order[model["name"]],
-        in_order[best["name"]],
-        subjects,
-        replicates=evaluation["bootstrap"],
-        seed=evaluation["seed"],
+        labels, raw, answers[best["name"]], subjects, replicates=evaluation["bootstrap"], seed=evaluation["seed"]
     )
-    attention = _attention(run.table("attention.csv"))
-    shuffled = _shuffled(run, by_fold[""])
-    verdict = reach_verdict(model, best, gain, shuffled, classes)
+    attention, shuffled = _attention(run.table("attention.csv")), _shuffled(run)
     subgroups = subgroup_figures(
         labels,
-        in_order[model["name"]],
+        raw,
         class_index(predictions["predicted"], classes),
         run.table("cohort.csv").set_index("scan_id").loc[predictions["scan_id"]],
         classes=classes,
         target=run.config["cohort"]["target"],
         evaluation=evaluation,
     )
-    notes = Counter(note for fold_model in run.models() for note in fold_model.notes())
+    verdict = reach_verdict(model, best, gain, shuffled, classes)._asdict()
+    verdict["sentences"] += adjustment_sentences(run.recipe.adjust, evaluation.get("split", ""))
+    verdict["sentences"] += subgroup_sentences(subgroups, model["pooled"])
+    verdict["sentences"] += attention_sentences(attention) + _notes(run)
     metrics: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "classes": classes,
@@ -94,17 +70,53 @@ def judge(run: Run) -> dict[str, Any]:
         "models": models,
         "gain": {"over": best["name"], **gain._asdict(), "resampled": _resampled_gain(run, by_fold, best["name"])},
         "subgroups": subgroups,
-        "decisions": _decisions(run, labels, in_order[model["name"]], subjects),
-        "verdict": verdict._asdict(),
+        "decisions": _decisions(run, labels, raw, subjects),
+        "verdict": verdict,
     }
-    metrics["verdict"]["sentences"] += adjustment_sentences(run.recipe.adjust, evaluation.get("split", ""))
-    metrics["verdict"]["sentences"] += subgroup_sentences(subgroups, model["pooled"])
-    metrics["verdict"]["sentences"] += attention_sentences(attention)
-    if any((run.folder / f"fold-{fold}" / "choice.json").exists() for fold in range(run.folds)):
-        notes.update(f"inner folds chose {run.choice(fold)[0]}" for fold in range(run.folds))
-    metrics["verdict"]["sentences"] += [f"In {n} of {run.folds} folds {note}." for note, n in sorted(notes.items())]
     write_json(run.folder / "metrics.json", metrics)
     return metrics
+
+
+def all_answers(run: Run) -> dict[str, NDArray[np.float64]]:
+    """Give the probabilities of the model (first) and each control, `[scans, classes]`, scans as in predictions.csv."""
+    predictions = run.table("predictions.csv")
+    tables = {run.config["run"]["recipe"]: predictions}
+    tables |= dict(tuple(run.table("baselines.csv").groupby("model", sort=False)))
+    columns = [f"p_{name}" for name in run.classes]
+    return {
+        name: table.set_index("scan_id").loc[predictions["scan_id"], columns].to_numpy(np.float64)
+        for name, table in tables.items()
+    }
+
+
+def _models(
+    run: Run,
+    answers: Mapping[str, NDArray[np.float64]],
+    labels: NDArray[np.int64],
+    subjects: NDArray[Any],
+    by_fold: Mapping[str, list[dict[str, Any]]],
+) -> list[dict[str, Any]]:
+    descriptions = {b.name: b.description for b in baselines(run.config["cohort"]["target"])}
+    return [
+        {
+            "name": name,
+            "role": "baseline" if number else "model",
+            "description": descriptions.get(name, "slice attention, out of fold"),
+            "pooled": pooled_figures(labels, probabilities, subjects, run.config["evaluation"]),
+            "folds": by_fold[name if number else ""],
+            "classes": {c: vars(s) for c, s in zip(run.classes, per_class_scores(labels, probabilities), strict=True)},
+            "confusion": confusion(labels, probabilities).tolist(),
+        }
+        for number, (name, probabilities) in enumerate(answers.items())
+    ]
+
+
+def _notes(run: Run) -> list[str]:
+    """Say what the models of the folds have to say of themselves, and which recipe was chosen how often."""
+    notes = Counter(note for fold_model in run.models() for note in fold_model.notes())
+    if any((run.folder / f"fold-{fold}" / "choice.json").exists() for fold in range(run.folds)):
+        notes.update(f"inner folds chose {run.choice(fold)[0]}" for fold in range(run.folds))
+    return [f"In {n} of {run.folds} folds {note}." for note, n in sorted(notes.items())]
 
 
 def class_index(names: pd.Series[str], classes: list[str]) -> NDArray[np.int64]:
@@ -146,7 +158,7 @@ def _decisions(
     return judge_decisions(run.table("decisions.csv"), labels, raw, subjects, run.classes, evaluation)
 
 
-def _shuffled(run: Run, folds: list[dict[str, Any]]) -> dict[str, Any] | None:
+def _shuffled(run: Run) -> dict[str, Any] | None:
     """Set the shuffles beside the figure of one repeat, which is what each of them is."""
     controls = run.document("controls.json")
     values = controls["shuffled_aurocs"]
