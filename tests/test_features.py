@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -289,3 +290,15 @@ def test_a_blemish_stays_in_the_tissue_and_changes_only_what_it_says(seed: int, 
         core = (weight > 0.9) & (before < 120)
         if core.sum() > 50:
             assert (picture[core].mean() < before[core].mean()) == (factor < 1)
+
+
+@pytest.mark.slow
+def test_a_row_of_the_table_may_be_a_folder_of_dicom(tiny_backbone_folder: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(shared("data", "dicom", "hanke_t1_384.zip")) as archive:
+        archive.extractall(tmp_path / "series")
+    (tmp_path / "cohort.csv").write_text("path,subject\nseries,s1\n")
+    backbone = load_backbone(find_weights(str(tiny_backbone_folder)))
+    cohort = read_cohort(tmp_path / "cohort.csv")
+    first, again = (extract(cohort, backbone, tmp_path / "f", slices=SLICES, patches=NONE) for _ in range(2))
+    assert (first.embedded, again.found) == (1, 1)
+    assert first.store.read(cohort.scans[0].path).cls.shape == (6, 48)

@@ -58,3 +58,13 @@ def test_of_two_at_once_the_first_stays(tmp_path: Path) -> None:
 def test_the_digest_is_of_the_content(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"abc")
     assert sha256(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_a_folder_has_the_hash_of_all_that_is_in_it(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name / "deep").mkdir(parents=True)
+        (tmp_path / name / "deep" / "1.dcm").write_bytes(b"one")
+        (tmp_path / name / "2.dcm").write_bytes(b"two")
+    assert sha256(tmp_path / "a") == sha256(tmp_path / "b")
+    (tmp_path / "b" / "2.dcm").write_bytes(b"three")
+    assert sha256(tmp_path / "a") != sha256(tmp_path / "b")

@@ -57,7 +57,9 @@ def predict(
         if "set" in answer:
             print(f"  called               {answer['called']} (threshold and calibration from inner folds)")
             held = " or ".join(answer["set"]) or "none of the classes: unlike the training scans of each"
-            print(f"  {answer['set_coverage']:.0%} set              {held}")
+            print(
+                f"  set                  {held} ({answer['set_coverage_wanted']:.0%} wanted; reached: see the report)"
+            )
         for note in answer["notes"]:
             print(f"  note: {note}")
     if out is not None and answers:

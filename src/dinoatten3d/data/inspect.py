@@ -62,7 +62,7 @@ class Inspection:
 
 def inspect_scan(path: Path, *, voxels: bool = True) -> Inspection:
     """Read a scan's content digest and header, and look at its voxels unless told not to."""
-    content = sha256(path) if path.is_file() else ""
+    content = sha256(path) if path.exists() else ""
     header = None
     try:
         header = read_header(path)

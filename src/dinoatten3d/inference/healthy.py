@@ -122,7 +122,7 @@ def write_reference(
         "patches": to_dict(store.patches),
     }
     write_text(folder / CONFIG, tomli_w.dumps(config))
-    content = [sha256(scan.path) if scan.path.is_file() else "" for scan in bags.scans]
+    content = [sha256(scan.path) if scan.path.exists() else "" for scan in bags.scans]
     table = found.table.assign(sha256=content).sort_values("score", ascending=False, kind="stable")
     write_text(folder / SCORES, table.to_csv(index=False))
     if store.reduction is not None:  # new scans are scored without the feature folder
@@ -218,5 +218,5 @@ def score_scan(reference: HealthyReference, scan: Path, backbone: Backbone) -> S
 
 def _row_of(table: pd.DataFrame, scan: Path) -> dict[str, Any] | None:
     """Find a scan of the cohort by its content; None for a new one."""
-    same = table[table["sha256"] == sha256(scan)] if scan.is_file() else table[:0]
+    same = table[table["sha256"] == sha256(scan)] if scan.exists() else table[:0]
     return None if same.empty else same.iloc[0].to_dict()

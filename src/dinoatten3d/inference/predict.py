@@ -100,7 +100,7 @@ class Prediction:
             "calibrated": dict(zip(self.classes, calibrated.tolist(), strict=True)),
             "called": self.classes[int(self.decisions.called[0])],
             "set": [name for name, p in zip(self.classes, p_values, strict=True) if p > self.alpha],
-            "set_coverage": 1 - self.alpha,
+            "set_coverage_wanted": 1 - self.alpha,
         }
 
 
@@ -186,8 +186,6 @@ def _adapted(run: Run, folds: Sequence[int], bag: Bags, slices: Slices, backbone
 
 def _folds_of(run: Run, scan: Path) -> list[int] | None:
     """Give the folds in which a scan of the cohort was held out, None for a new scan."""
-    if scan.is_dir():
-        return None
     cohort = run.table("cohort.csv")
     same = cohort.loc[cohort["sha256"] == sha256(scan), "scan_id"]
     if same.empty:

@@ -8,7 +8,7 @@ import platform
 import sys
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,7 +25,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dinoatten3d import __version__
-from dinoatten3d.config import Recipe
+from dinoatten3d.config import EvaluationConfig, Recipe
+from dinoatten3d.data.cohort import Cohort
 from dinoatten3d.data.slices import planes_of
 from dinoatten3d.errors import RunError
 from dinoatten3d.features.reduce import Reduction, read_reduction, write_reduction
@@ -214,22 +215,37 @@ def run_config(
     name: str,
     recipe_name: str,
     recipe: Recipe,
-    evaluation: Any,
-    cohort: dict[str, Any],
-    features: dict[str, Any],
+    evaluation: EvaluationConfig,
+    cohort: Cohort,
+    store: FeatureStore,
+    note: str,
 ) -> dict[str, Any]:
-    """Put together what `config.toml` holds."""
+    """Put together what `config.toml` holds; a `note` says that the cohort is made and how."""
     return {
         "run": {
             "name": name,
             "created": now(),
             "recipe": recipe_name,
             "version": __version__,
-            "target": cohort["target"],
+            "target": cohort.target,
         },
-        "cohort": cohort,
-        "features": features,
-        "recipe": acting_settings(recipe),
+        "cohort": {
+            "path": str(cohort.source.resolve()),
+            "target": cohort.target,
+            "classes": list(cohort.classes),
+            "synthetic": bool(note),
+            "note": note,
+        },
+        "features": {
+            "folder": str(store.folder.resolve()),
+            "digest": store.digest,
+            "backbone": store.backbone["name"],
+            "weights": store.backbone["title"],
+            "source": store.backbone["source"],
+            "backbone_identity": dict(store.backbone),
+            "slices": to_dict(store.slices),
+        },
+        "recipe": acting_settings(replace(recipe, slices=store.slices, patches=store.patches)),
         "evaluation": to_dict(evaluation),
     }
 

@@ -71,5 +71,5 @@ def cohort_table(scans: Sequence[Scan], brain_ml: NDArray[np.float64]) -> pd.Dat
     table["path"] = [str(scan.path.resolve()) for scan in scans]
     table.insert(0, "scan_id", [scan.id for scan in scans])
     table["brain_ml"] = brain_ml.round(2)
-    table["sha256"] = [sha256(scan.path) if scan.path.is_file() else "" for scan in scans]
+    table["sha256"] = [sha256(scan.path) if scan.path.exists() else "" for scan in scans]
     return table

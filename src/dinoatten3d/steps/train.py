@@ -36,7 +36,7 @@ from dinoatten3d.learning.run import Run, open_run, run_config, write_run
 from dinoatten3d.report.cases import CaseSlices, choose_cases
 from dinoatten3d.report.html import write_report
 from dinoatten3d.steps.audit import audit_bags
-from dinoatten3d.toml import from_dict, to_dict
+from dinoatten3d.toml import from_dict
 
 Progress = Callable[[int, int], None]
 
@@ -71,74 +71,65 @@ def train_run(
     if out.exists():
         raise RunError(f"{out} exists; choose another --out or remove it (a run is never overwritten)")
     refuse_target(recipe.adjust, cohort.target)
+    if evaluation.learning_curve and (alternatives or recipe.adapt == "lora"):
+        raise ConfigError(
+            "a learning curve is of one recipe, not adapted; leave it out, or --choose, --grid and --adapt"
+        )
     bags = load_bags(cohort, store, layers=recipe.model.layers)
-    shuffles = evaluation.shuffles
-    fit = partial(fit_chosen, recipes=alternatives) if alternatives else None
-    if alternatives and evaluation.learning_curve:
-        raise ConfigError("a learning curve is of one recipe; leave out --choose and --grid, or --learning-curve")
     if recipe.adapt == "lora":
         if backbone is None:
             raise RunError("this recipe adapts the backbone; pass the one that made the features")
-        if evaluation.learning_curve:
-            raise RunError("a learning curve would adapt the backbone dozens of times; leave out one of the two")
         recipe = replace(recipe, training=replace(recipe.training, members=1))
         evaluation = replace(evaluation, shuffles=0)  # each would adapt anew: days where the run takes hours
-        result = cross_validate_adapted(
-            bags, store, backbone, recipe, evaluation, scratch=out.parent, progress=progress
-        )
+    fit = partial(fit_chosen, recipes=alternatives) if alternatives else None
+    first, then = _in_turn(progress, evaluation.shuffles)
+    if recipe.adapt == "lora" and backbone is not None:
+        result = cross_validate_adapted(bags, store, backbone, recipe, evaluation, scratch=out.parent, progress=first)
     else:
-        result = cross_validate(
-            bags, recipe, evaluation, fit=fit, progress=lambda done, total: progress(done, total * (shuffles + 1))
-        )
-    config = run_config(
-        name=out.name,
-        recipe_name=recipe_name,
-        recipe=replace(recipe, slices=store.slices, patches=store.patches),
-        evaluation=evaluation,
-        cohort={
-            "path": str(cohort.source.resolve()),
-            "target": cohort.target,
-            "classes": list(cohort.classes),
-            "synthetic": bool(note),
-            "note": note,
-        },
-        features={
-            "folder": str(store.folder.resolve()),
-            "digest": store.digest,
-            "backbone": store.backbone["name"],
-            "weights": store.backbone["title"],
-            "source": store.backbone["source"],
-            "backbone_identity": dict(store.backbone),
-            "slices": to_dict(store.slices),
-        },
-    )
+        result = cross_validate(bags, recipe, evaluation, fit=fit, progress=first)
     held_out = result.folds[0] >= 0
-    controls = {
-        "auroc_of_one_repeat": score(bags.labels.numpy()[held_out], result.by_repeat[0, held_out]).auroc,
-        "shuffled_aurocs": shuffled_aurocs(
-            bags,
-            recipe,
-            evaluation,
-            fit=fit,
-            progress=lambda done, total: progress(done + total // shuffles, total + total // shuffles),
-        ),
+    files: dict[str, Any] = {
+        "audit.json": audit_bags(cohort, bags, evaluation).to_dict(),
+        "controls.json": {
+            "auroc_of_one_repeat": score(bags.labels.numpy()[held_out], result.by_repeat[0, held_out]).auroc,
+            "shuffled_aurocs": shuffled_aurocs(bags, recipe, evaluation, fit=fit, progress=then),
+        },
+        **_decisions(bags, result, evaluation),
     }
-    extras = {"controls.json": controls, "audit.json": audit_bags(cohort, bags, evaluation).to_dict()}
     if evaluation.learning_curve:
-        extras["learning_curve.json"] = learning_curve(
-            bags, recipe, recipe_name, evaluation, result, progress=progress
-        ).to_dict()
+        curve = learning_curve(bags, recipe, recipe_name, evaluation, result, progress=progress)
+        files["learning_curve.json"] = curve.to_dict()
     run = write_run(
         out,
         bags,
         result,
         store=store,
-        config=config,
+        config=run_config(
+            name=out.name,
+            recipe_name=recipe_name,
+            recipe=recipe,
+            evaluation=evaluation,
+            cohort=cohort,
+            store=store,
+            note=note,
+        ),
         baselines=run_baselines(bags, result.folds, cohort.target, recipe.adjust),
-        extras=extras | _decisions(bags, result, evaluation),
+        extras=files,
     )
     report_run(run.folder)
     return run
+
+
+def _in_turn(progress: Progress, shuffles: int) -> tuple[Progress, Progress]:
+    """Share one bar between the run and its shuffles, each of which takes about as long."""
+
+    def first(done: int, total: int) -> None:
+        progress(done, total * (shuffles + 1))
+
+    def then(done: int, total: int) -> None:
+        progress(done + total // shuffles, total + total // shuffles)
+
+    return first, then
 
 
 def report_run(folder: Path) -> Path:
