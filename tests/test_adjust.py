@@ -256,6 +256,10 @@ def test_a_rare_category_counts_as_unknown_and_an_empty_column_is_refused() -> N
     empty = replace(data, scans=tuple(replace(scan, site=None) for scan in data.scans))
     with pytest.raises(CohortError, match="no training scan has a site"):
         fit_adjustment(empty, SITE)
+    alone = replace(data, scans=tuple(replace(scan, site=f"s{n}") for n, scan in enumerate(data.scans)))
+    for config in (SITE, COMBAT):
+        with pytest.raises(CohortError, match="no training scan has a site .that 3 or more share"):
+            fit_adjustment(alone, config)
 
 
 def test_sites_that_are_all_rare_are_refused_and_a_single_one_is_known() -> None:
@@ -303,6 +307,7 @@ def test_a_model_adjusts_what_it_is_given() -> None:
         ({"covariates": ("weight",)}, "wanted some of age, sex, site, head-size"),
         ({"covariates": ("age", "age")}, "each once"),
         ({"covariates": ("age",), "method": "combat"}, "add --adjust.covariates site"),
+        ({"method": "combat"}, "add --adjust.covariates site"),
         ({"method": "regress"}, "residual or combat"),
     ],
 )

@@ -21,6 +21,7 @@ from dinoatten3d.data.cohort import Cohort, Scan, read_cohort
 from dinoatten3d.data.covariates import covariate_matrix, covariate_table
 from dinoatten3d.data.header import Header, read_header
 from dinoatten3d.data.inspect import Inspection, Voxels, inspect_scan
+from dinoatten3d.errors import ConfigError
 from dinoatten3d.evaluation.audit import Audit, audit
 from dinoatten3d.evaluation.confounds import associations, confound_findings
 from dinoatten3d.evaluation.covariates import covariate_probabilities
@@ -29,6 +30,7 @@ from dinoatten3d.evaluation.intervals import delong_interval
 from dinoatten3d.evaluation.power import smallest_auroc
 from dinoatten3d.learning.splits import group_folds
 from dinoatten3d.report.audit_page import audit_page
+from dinoatten3d.steps.audit import audit_cohort
 
 HEADER = Header(
     shape=(80, 96, 80), spacing_mm=(2.0, 2.0, 2.0), axes="RAS", tilt_degrees=0.0, oriented=True, stored_as="float32"
@@ -207,6 +209,12 @@ def test_small_classes_are_told_against_the_folds() -> None:
     assert codes(audit(cohort, inspections, folds=3))["few-subjects"] == "warning"
     cohort, inspections = make_cohort(24, label=["NL"] * 24)
     assert codes(audit(cohort, inspections))["one-class"] == "invalid"
+
+
+def test_an_audit_of_one_fold_is_refused() -> None:
+    cohort, _ = make_cohort()
+    with pytest.raises(ConfigError, match="folds is 1"):
+        audit_cohort(cohort, None, folds=1)
 
 
 def test_the_target_itself_is_no_covariate() -> None:

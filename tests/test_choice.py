@@ -60,6 +60,7 @@ def test_a_grid_gives_every_combination_and_names_it() -> None:
         ("slices.count=8,16", "it may vary model, loss, training"),
         ("training.epochs", "wanted a setting and its values"),
         ("training.epochs=many", "training.epochs cannot be 'many'"),
+        ("training.epochs=5", "'default' has nothing to compete with"),
         ("training.epochs=0,5", "training.epochs is 0"),
         ("training.epochs=" + ",".join(map(str, range(1, 40))), "39 candidates are more than 24"),
     ],

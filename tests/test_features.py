@@ -272,7 +272,8 @@ def test_a_pca_is_fitted_once_on_training_scans_and_kept_with_the_features(
     with pytest.raises(FeatureError, match=r"pca\.safetensors is missing"):
         extract(cohort, backbone, tmp_path / "f", slices=SLICES, patches=patches)
     with pytest.raises(ConfigError, match="patches.pca is 49; these tokens allow 48"):
-        extract(cohort, backbone, tmp_path / "f", slices=SLICES, patches=replace(patches, pca=49))
+        extract(cohort, backbone, tmp_path / "h", slices=SLICES, patches=replace(patches, pca=49))
+    assert not list((tmp_path / "h").iterdir())  # no empty feature folder is left behind
 
 
 @settings(max_examples=20)
@@ -302,3 +303,9 @@ def test_a_row_of_the_table_may_be_a_folder_of_dicom(tiny_backbone_folder: Path,
     first, again = (extract(cohort, backbone, tmp_path / "f", slices=SLICES, patches=NONE) for _ in range(2))
     assert (first.embedded, again.found) == (1, 1)
     assert first.store.read(cohort.scans[0].path).cls.shape == (6, 48)
+
+
+def test_a_device_that_is_not_there_is_refused_in_one_sentence(tiny_backbone_folder: Path) -> None:
+    for device in ("nonsense", "cuda:77"):
+        with pytest.raises(ConfigError, match=f"device '{device}' cannot be used here .*; use --device cpu"):
+            load_backbone(find_weights(str(tiny_backbone_folder)), device=device)

@@ -68,3 +68,15 @@ def test_a_folder_has_the_hash_of_all_that_is_in_it(tmp_path: Path) -> None:
     assert sha256(tmp_path / "a") == sha256(tmp_path / "b")
     (tmp_path / "b" / "2.dcm").write_bytes(b"three")
     assert sha256(tmp_path / "a") != sha256(tmp_path / "b")
+
+
+def test_a_folder_that_another_process_made_meanwhile_stays_and_is_named(tmp_path: Path) -> None:
+    def write() -> None:
+        with whole_folder(tmp_path / "run") as folder:
+            (folder / "mine").touch()
+            (tmp_path / "run").mkdir()
+            (tmp_path / "run" / "theirs").touch()
+
+    with pytest.raises(FileExistsError, match="another process made this folder meanwhile"):
+        write()
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["run", "theirs"]

@@ -307,6 +307,8 @@ def test_a_class_with_fewer_subjects_than_folds_is_refused() -> None:
         CohortError, match=r"class 'AD' has 3 subjects, fewer than the 5 folds; use --evaluation.folds 3"
     ):
         outer_folds(labels, subjects, ("NL", "AD"), folds=5, seed=0)
+    with pytest.raises(CohortError, match="class 'AD' has a single subject, .* leave it out with --ignore"):
+        outer_folds(labels[:12], subjects[:12], ("NL", "AD"), folds=5, seed=0)
 
 
 def test_inner_folds_make_do_with_few_subjects_but_not_with_one() -> None:

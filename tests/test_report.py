@@ -19,6 +19,7 @@ from dinoatten3d.evaluation.metrics import chance, confusion, score
 from dinoatten3d.learning.run import FORMAT_VERSION
 from dinoatten3d.report import figures, html
 from dinoatten3d.report import page as words
+from dinoatten3d.report.anomaly_figures import deviation_figure
 from dinoatten3d.report.cases import CaseSlices, choose_cases
 from dinoatten3d.report.drawing import new_figure, shorten, to_svg
 from dinoatten3d.report.html import write_report
@@ -486,6 +487,23 @@ def test_slice_weights_figure_is_a_reproducible_png():
     assert first.startswith(b"\x89PNG")
     assert first == slice_weights_figure(*args, title="$scan_1$")
     assert first != slice_weights_figure(*args, title="$scan_1$", count=2)
+
+
+def test_no_weight_is_cut_off_whatever_plane_holds_the_heaviest(monkeypatch):
+    monkeypatch.setattr("dinoatten3d.report.slices_figure.save", lambda figure, kind: figure)
+    weights = np.array([0.05, 0.05, 0.6, 0.1, 0.15, 0.05])
+    planes = ["axial"] * 2 + ["coronal"] * 2 + ["sagittal"] * 2
+    figure = slice_weights_figure(np.zeros((6, 8, 8), np.uint8), np.arange(6.0), weights, planes, title="x")
+    panels = [panel for panel in figure.axes if panel.lines]
+    assert len(panels) == 3
+    assert all(panel.get_ylim()[1] > 60 for panel in panels)
+
+
+def test_a_deviating_slice_is_named_with_its_plane(monkeypatch):
+    monkeypatch.setattr("dinoatten3d.report.anomaly_figures.save", lambda figure, kind: figure)
+    args = (np.zeros((2, 8, 8), np.uint8), np.array([4.0, -7.0]), np.array([1.0, 2.0]), np.zeros((2, 4, 4), np.float32))
+    figure = deviation_figure(*args, ["axial", "coronal"], title="x")
+    assert figure.axes[0].get_title() == "1   coronal \N{MINUS SIGN}7 mm   2.0 sd"
 
 
 def test_slice_weights_figure_refuses_what_does_not_match():

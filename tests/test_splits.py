@@ -83,6 +83,11 @@ def test_a_scan_that_is_only_trained_on_has_no_answer() -> None:
         ("site", [("a", "x", None), ("a", "y", None)] * 4, "subject a is in x and y"),
         ("column", [("a", None, "train"), ("a", None, "test")] * 4, "subject a is in test and train"),
         ("column", [("a", None, "train"), ("b", None, "val")] * 4, "names no 'test' scan"),
+        (
+            "column",
+            [(f"s{n}", None, ("train", "test", "tset")[n % 3]) for n in range(8)],
+            "holds 'tset' beside test, train",
+        ),
         ("column", [(f"s{n}", None, "train" if n < 5 else "test") for n in range(8)], "class 'AD' has 1 subjects left"),
     ],
 )

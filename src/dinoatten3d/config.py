@@ -209,7 +209,7 @@ class AdjustConfig:
             raise ConfigError(f"adjust.covariates is {_shown(names)}; wanted some of {', '.join(known)}, each once")
         if self.method not in ("residual", "combat"):
             raise ConfigError(f"adjust.method is '{self.method}'; it must be residual or combat")
-        if names and self.method == "combat" and "site" not in names:
+        if self.method == "combat" and "site" not in names:
             raise ConfigError("adjust.method 'combat' harmonises sites; add --adjust.covariates site")
 
 

@@ -154,7 +154,8 @@ def print_audit(found: Audit) -> None:
         style = SEVERITY_STYLE[finding.severity]
         meaning = f"{escape(finding.means)} [bold]{escape(finding.advice)}[/bold]"
         table.add_row(f"[{style}]{finding.severity}[/{style}]", escape(finding.seen), meaning)
-    console.print(table)
+    if found.findings:
+        console.print(table)
     if found.associations:
         console.print(_association_table(found))
     for row in found.resolution:

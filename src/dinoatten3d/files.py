@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -73,8 +74,11 @@ def whole_folder(folder: Path, *, keep_existing: bool = False) -> Iterator[Path]
         try:
             temporary.replace(folder)
         except OSError:
-            if not (keep_existing and folder.is_dir()):
+            if not folder.is_dir():
                 raise
+            if not keep_existing:
+                told = "another process made this folder meanwhile; it was left as it is, choose another place"
+                raise FileExistsError(errno.EEXIST, told, str(folder)) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -24,6 +24,7 @@ from dinoatten3d.errors import DinoAtten3DError
 app = App(
     name="dinoatten3d",
     version=__version__,
+    suppress_keyboard_interrupt=False,  # main says what an interruption left
     help="Slice attention over frozen DINOv2 features for 3D brain MRI. For research, not for diagnosis.",
 )
 for command in (audit, extract, train, evaluate, compare, report, predict, explain, anomaly, score, weights_app):
@@ -85,7 +86,7 @@ def main() -> None:
         say.print(f"dinoatten3d: {error}", markup=False, style="red")
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        say.print("dinoatten3d: interrupted; what was finished is kept, the same command goes on from there")
+        say.print("dinoatten3d: interrupted; nothing half-written is left, and `extract` goes on where it was")
         sys.exit(130)
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""

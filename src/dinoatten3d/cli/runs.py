@@ -75,6 +75,7 @@ def train(
     )
     table = read_cohort(cohort, target=target, classes=classes, ignore=ignore)
     store, judged = open_store(features), evaluation or EvaluationConfig()
+    alternatives = candidates(recipe, made, choose, grid) if choose or grid else {}
     encoder = fetch_same_backbone(store.backbone, device, backbone) if adapt == "lora" else None
     with progress_bars() as bar:
         run = train_run(
@@ -85,7 +86,7 @@ def train(
             recipe_name=recipe,
             evaluation=replace(judged, learning_curve=True) if learning_curve else judged,
             backbone=encoder,
-            alternatives=candidates(recipe, made, choose, grid) if choose or grid else {},
+            alternatives=alternatives,
             progress=bar("training"),
         )
     print_verdict(run.folder)

@@ -175,6 +175,7 @@ def train_on_shares(
             notes.append(f"{100 * share:.0f} % of the training subjects were left out: {error}")
         else:
             trials += found
+    progress(total, total)  # a share that was left out is done with too
     return trials, notes
 
 

@@ -176,7 +176,11 @@ def load_backbone(weights: Weights, *, device: str = "cpu", positions: Positions
         if names:
             raise WeightsError(f"{weights.folder} {fault} {len(names)} tensors of its architecture, such as {names[0]}")
     anatomy = recognise(loaded.model, weights.name)
-    model = loaded.model.to(device)
+    try:
+        model = loaded.model.to(device)
+    except (RuntimeError, AssertionError) as error:  # torch raises either where a device is unknown or not there
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"device '{device}' cannot be used here ({reason}); use --device cpu") from None
     table: Positions | Literal["none"] = "transformers" if anatomy.arguments else "none"
     if model.config.model_type in ("dinov2", "dinov2_with_registers"):
         table = positions

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from dinoatten3d.config import PatchConfig, SliceConfig
 from dinoatten3d.data.cohort import Cohort, Scan
 from dinoatten3d.data.slices import Slices, stacks, take_slices
 from dinoatten3d.data.volume import load_volume
-from dinoatten3d.errors import ScanError
+from dinoatten3d.errors import DinoAtten3DError, ScanError
 from dinoatten3d.features.backbone import Backbone
 from dinoatten3d.features.blemish import Blemished, blemish, patch_mean, tissue_mask
 from dinoatten3d.features.reduce import MOST_SCANS, Reduction, fit_reduction, sample_patches, write_reduction
@@ -63,9 +64,19 @@ def extract(
         The feature folder and what was done.
     """
     store = create_store(out, slices, backbone.identity, patches)
-    if patches.pca and store.reduction is None:
-        write_reduction(store.folder / REDUCTION, _fit_reduction(cohort, backbone, store))
-        store = open_store(store.folder)
+    try:
+        if patches.pca and store.reduction is None:
+            write_reduction(store.folder / REDUCTION, _fit_reduction(cohort, backbone, store))
+            store = open_store(store.folder)
+        return _extract_into(store, cohort, backbone, progress)
+    except DinoAtten3DError:  # a setting that the backbone cannot do: no folder without features stays behind
+        if not (store.folder / "scans").exists():
+            shutil.rmtree(store.folder, ignore_errors=True)
+        raise
+
+
+def _extract_into(store: FeatureStore, cohort: Cohort, backbone: Backbone, progress: Progress) -> Extraction:
+    """Embed the scans that `store` does not hold yet, and list those that cannot be read."""
     embedded, found = 0, 0
     failed: dict[str, str] = {}
     notes: dict[str, tuple[str, ...]] = {}
@@ -84,7 +95,8 @@ def extract(
                     found += 1
                 else:
                     seed = int(target.stem[:8], 16)  # by content: the same scan has the same blemishes everywhere
-                    store.write(target, embed_slices(pictures, backbone, patches, seed=seed, reduction=store.reduction))
+                    kept = embed_slices(pictures, backbone, store.patches, seed=seed, reduction=store.reduction)
+                    store.write(target, kept)
                     embedded += 1
                 if scan_notes:
                     notes[scan.id] = scan_notes

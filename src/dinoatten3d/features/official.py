@@ -84,9 +84,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], int | None]:
             return load_file(path), int(told) if told else None
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the readers raise whatever strange bytes lead them to
-        raise WeightsError(
-            f"{path} is not a checkpoint that can be read safely: {(str(error).splitlines() or ['?'])[0]}"
-        ) from None
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise WeightsError(f"{path} is not a checkpoint that can be read safely: {reason}") from None
     for key in ("teacher", "model", "state_dict"):
         if isinstance(found, dict) and isinstance(found.get(key), dict):
             found = found[key]

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from dinoatten3d.errors import CohortError
+from dinoatten3d.errors import CohortError, ConfigError
 from dinoatten3d.learning.bags import Bags
 from dinoatten3d.learning.deviation import Deviation, fit_deviation, slice_scores, top_slices
 from dinoatten3d.learning.deviation_model import tokens_of
@@ -46,12 +46,15 @@ def score_anomalies(
         progress: Called with folds done and in all.
 
     Raises:
+        ConfigError: Fewer than two folds.
         CohortError: Too few reference subjects.
         FeatureError: The features hold no patch tokens.
     """
     scans = tokens_of(bags)
     reference = bags.labels.numpy() <= 0  # class 0, or no label at all
     people = len(np.unique(bags.subjects[reference]))
+    if folds < 2:
+        raise ConfigError(f"folds is {folds}; it must be 2 or more, so that each reference scan is held out once")
     if people < folds:
         raise CohortError(f"there are {people} reference subjects, fewer than the {folds} folds; use fewer --folds")
     assigned = group_folds(np.where(reference, 0, 1), bags.subjects, folds=folds, seed=seed)

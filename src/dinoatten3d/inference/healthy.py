@@ -17,7 +17,7 @@ import pandas as pd
 import tomli_w
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from dinoatten3d import __version__
 from dinoatten3d.config import PatchConfig, SliceConfig
@@ -29,7 +29,7 @@ from dinoatten3d.features.backbone import Backbone
 from dinoatten3d.features.extract import embed_slices
 from dinoatten3d.features.reduce import read_reduction, write_reduction
 from dinoatten3d.features.store import REDUCTION, FeatureStore
-from dinoatten3d.files import sha256, write_text
+from dinoatten3d.files import sha256, write_bytes, write_text
 from dinoatten3d.inference.anomaly import Anomalies, map_slice_scores
 from dinoatten3d.learning.bags import Bags
 from dinoatten3d.learning.deviation import Deviation, top_slices
@@ -128,7 +128,7 @@ def write_reference(
     if store.reduction is not None:  # new scans are scored without the feature folder
         write_reduction(folder / REDUCTION, store.reduction)
     for fold, deviation in enumerate(found.deviations):
-        save_file(deviation.tensors(), folder / f"fold-{fold}.safetensors", {"features": store.digest})
+        write_bytes(folder / f"fold-{fold}.safetensors", save(deviation.tensors(), {"features": store.digest}))
 
 
 def open_reference(folder: Path) -> HealthyReference:

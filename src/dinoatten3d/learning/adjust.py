@@ -152,7 +152,7 @@ def fit_adjustment(bags: Bags, config: AdjustConfig) -> Adjustment:
         config: Covariates and method.
 
     Raises:
-        CohortError: A covariate is unknown in every scan.
+        CohortError: A covariate is unknown in every scan, or none of its categories has enough scans.
     """
     design = _fit_design(bags, config)
     columns, site = design.encode(bags), design.sites(bags)

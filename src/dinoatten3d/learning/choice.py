@@ -38,7 +38,7 @@ def candidates(name: str, recipe: Recipe, others: Sequence[str], grid: Sequence[
         grid: Settings and their values, such as `model.dropout=0.1,0.3`.
 
     Raises:
-        ConfigError: A setting or a value does not exist, there are too many combinations, or a recipe adapts the
+        ConfigError: A setting or a value does not exist, there is one combination or too many, or a recipe adapts the
             backbone, asks for other layers or adjusts for something else.
     """
     settings = [_values(text) for text in grid]
@@ -62,6 +62,8 @@ def candidates(name: str, recipe: Recipe, others: Sequence[str], grid: Sequence[
             chosen = dict(zip((key for key, _ in settings), values, strict=True))
             told = ", ".join(f"{key} {value}" for key, value in chosen.items())
             found[f"{own_name} ({told})" if told else own_name] = _with(own, chosen)
+    if len(found) < 2:
+        raise ConfigError(f"'{name}' has nothing to compete with; --choose another recipe, or give --grid two values")
     if len(found) > MOST:
         raise ConfigError(
             f"{len(found)} candidates are more than {MOST}; on so few scans such a choice is luck, drop some"

@@ -21,7 +21,7 @@ import tomli_w
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from dinoatten3d import __version__
@@ -31,7 +31,7 @@ from dinoatten3d.data.slices import planes_of
 from dinoatten3d.errors import RunError
 from dinoatten3d.features.reduce import Reduction, read_reduction, write_reduction
 from dinoatten3d.features.store import REDUCTION, FeatureStore
-from dinoatten3d.files import whole_folder, write_json, write_text
+from dinoatten3d.files import whole_folder, write_bytes, write_json, write_text
 from dinoatten3d.learning.adapt import AdaptedFold
 from dinoatten3d.learning.adjust import Adjustment
 from dinoatten3d.learning.bags import Bags
@@ -265,7 +265,7 @@ def acting_settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def _write_model(place: Path, fitted: FittedFold, header: dict[str, str]) -> None:
-    save_file(fitted.model.tensors(), place / "model.safetensors", header)
+    write_bytes(place / "model.safetensors", save(fitted.model.tensors(), header))
     if isinstance(fitted, AdaptedFold):
         fitted.write(place)
     if fitted.choice is not None:

@@ -72,6 +72,12 @@ def _by_column(values: list[str | None], column: str) -> NDArray[np.int64]:
         if not sides & set(TEST):
             raise CohortError("column split names no 'test' scan, so none could be scored; name some")
         return np.array([0 if str(value).lower() in TEST else -1 for value in values])
+    if column == "split" and sides & {*TRAIN, *TEST}:
+        strange = next(name for name in names if name.lower() not in {*TRAIN, *TEST})
+        raise CohortError(
+            f"column split holds '{strange}' beside {', '.join(name for name in names if name != strange)}; wanted "
+            "train, val and test, or names of folds and none of these"
+        )
     return np.array([names.index(str(value)) for value in values])
 
 
@@ -124,9 +130,12 @@ def outer_folds(
     for number, name in enumerate(classes):
         count = len(set(subjects[labels == number]))
         if count < folds:
+            rest = "group it with another class, or leave it out with --ignore"
             raise CohortError(
                 f"class '{name}' has {count} subjects, fewer than the {folds} folds; "
-                f"use --evaluation.folds {max(2, count)}, or group it with another class"
+                f"use --evaluation.folds {count}, or {rest}"
+                if count > 1
+                else f"class '{name}' has a single subject, which cannot be trained on and held out; {rest}"
             )
     found = group_folds(labels, subjects, folds=folds, seed=seed)
     if found is None:

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from dinoatten3d.config import Plane
 from dinoatten3d.report.drawing import GREY, PALETTE, STYLE, legend_below, new_figure, save, shorten
 
 SHOWN_FROM, SHOWN_TO = 2.0, 6.0
@@ -52,6 +53,7 @@ def deviation_figure(
     position_mm: NDArray[np.floating],
     slice_scores: NDArray[np.floating],
     patch_map: NDArray[np.float32],
+    planes: Sequence[Plane],
     *,
     title: str,
     count: int = 4,
@@ -60,9 +62,10 @@ def deviation_figure(
 
     Args:
         pixels: 8-bit grey slices, `[slices, rows, columns]`.
-        position_mm: Position of each slice along the plane's normal, RAS+ mm, `[slices]`.
+        position_mm: Position of each slice along its plane's normal, RAS+ mm, `[slices]`.
         slice_scores: `[slices]`.
         patch_map: In standard deviations of reference scans, `[slices, patch rows, patch columns]`.
+        planes: Anatomical plane of each slice, `[slices]`.
         title: One line over the figure.
         count: Slices to show at most, the farthest first.
 
@@ -88,7 +91,7 @@ def deviation_figure(
             alpha=0.65 * strength,
             extent=(-0.5, width - 0.5, height - 0.5, -0.5),
         )
-        place = f"{round(float(position_mm[index])):d} mm".replace("-", "\N{MINUS SIGN}")
+        place = f"{planes[index]} {round(float(position_mm[index])):d} mm".replace("-", "\N{MINUS SIGN}")
         panels[0, column].set_title(
             f"{column + 1}   {place}   {slice_scores[index]:.1f} sd", fontsize=8.5, loc="center"
         )

@@ -101,7 +101,9 @@ def slice_weights_figure(
     panels = halves[0].subplots(len(runs), 1, squeeze=False, sharey=True).ravel()
     for panel, (plane, run) in zip(panels, runs.items(), strict=True):
         _draw_profile(panel, plane, position_mm[run], np.asarray(weights), run, heaviest)
-    panels[0].legend(loc="upper right")
+    panels[0].set_ylim(0, 118 * float(np.max(weights)))  # the panels share it; room for the numbers of the heaviest
+    uniform = f"uniform attention ({100 / len(weights):.1f} %)"
+    panels[0].set_title(f"dashed: {uniform}", fontsize=8.5, loc="right")
     pictures = halves[1].subplots(rows, columns, squeeze=False).ravel()
     for rank, (picture, index) in enumerate(zip(pictures, heaviest, strict=False), start=1):
         picture.imshow(pixels[index], cmap="gray", vmin=0, vmax=255)
@@ -122,11 +124,8 @@ def _draw_profile(
         if 0 <= index < len(percent):
             place = (position_mm[index], percent[index])
             axes.annotate(f"{rank}", place, xytext=(0, 4), textcoords="offset points", ha="center", fontsize=8)
-    uniform = 100 / len(weights)
-    axes.axhline(uniform, color=GREY, linewidth=1, linestyle="--", label=f"uniform attention ({uniform:.1f} %)")
+    axes.axhline(100 / len(weights), color=GREY, linewidth=1, linestyle="--")
     axes.set(xlabel=f"{plane} position, mm ({DIRECTION.get(plane, 'RAS+')})", ylabel="Weight, %")
-    axes.margins(y=0.16)
-    axes.set_ylim(bottom=0)
 
 
 def _profiles(attention: pd.DataFrame, grid: NDArray[np.float64]) -> NDArray[np.float64]:

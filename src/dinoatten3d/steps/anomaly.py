@@ -51,7 +51,10 @@ def find_anomalies(
             title = f"{bags.scans[row].id}: score {table['score'][row]:.1f}"
             _write_deviation(folder / "maps" / name, found.maps[row], found.slice_scores[row], slices, volume, title)
     top = table.loc[table["score"].idxmax()]
-    sentences = [f"{out}: {len(table)} scans; the farthest is {top['scan_id']} ({top['heaviest_slice_mm']:.0f} mm)."]
+    sentences = [
+        f"{out}: {len(table)} scans; the farthest is {top['scan_id']} "
+        f"({top['heaviest_slice_plane']} {top['heaviest_slice_mm']:.0f} mm)."
+    ]
     for name in cohort.classes[1:]:
         kept = table[table["label"].isin([healthy, name])]
         if kept.groupby("label")["subject"].nunique().min() < 2:
@@ -93,5 +96,5 @@ def _write_deviation(
     """Write a patch map over its scan, and a figure of the slices that deviate most."""
     folder.mkdir(parents=True, exist_ok=True)
     patch_volume(patch_map, slices, volume).to_filename(folder / "deviation.nii.gz")
-    picture = deviation_figure(slices.pixels, slices.position_mm, slice_scores, patch_map, title=title)
+    picture = deviation_figure(slices.pixels, slices.position_mm, slice_scores, patch_map, slices.planes, title=title)
     (folder / "slices.png").write_bytes(picture)

@@ -11,7 +11,7 @@ import numpy as np
 from dinoatten3d.config import EvaluationConfig
 from dinoatten3d.data.cohort import Cohort
 from dinoatten3d.data.inspect import Inspection, inspect_scan
-from dinoatten3d.errors import FeatureError
+from dinoatten3d.errors import ConfigError, FeatureError
 from dinoatten3d.evaluation.audit import Audit, audit
 from dinoatten3d.features.store import Features, FeatureStore
 from dinoatten3d.files import write_json, write_text
@@ -35,6 +35,8 @@ def audit_cohort(
     progress: Progress = lambda done, total: None,
 ) -> Audit:
     """Look for what would invalidate a result before anything is trained; files, headers, voxels and features."""
+    if folds < 2:
+        raise ConfigError(f"folds is {folds}; it must be 2 or more")
     inspections = _inspect(cohort, voxels=voxels, progress=progress)
     if store is None:
         return audit(cohort, inspections, folds=folds, seed=seed)
