@@ -19,7 +19,7 @@ from dinoatten3d.errors import CohortError, ConfigError
 from dinoatten3d.evaluation.controls import fit_and_score, mean_pooled, run_baselines
 from dinoatten3d.evaluation.metrics import score
 from dinoatten3d.features.store import PatchTokens
-from dinoatten3d.learning.adjust import Adjustment, fit_adjustment, mean_token, slice_values
+from dinoatten3d.learning.adjust import Adjustment, fit_adjustment, mean_token, refuse_one_site, slice_values
 from dinoatten3d.learning.bags import Bags
 from dinoatten3d.learning.combat import fit_combat
 from dinoatten3d.learning.fit import AdjustedModel, cross_validate
@@ -314,3 +314,10 @@ def test_a_model_adjusts_what_it_is_given() -> None:
 def test_a_wrong_setting_is_refused_in_one_sentence(settings: dict[str, object], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         AdjustConfig(**settings)  # type: ignore[arg-type]
+
+
+def test_one_site_is_not_harmonised() -> None:
+    scans = [replace(scan, site="here") for scan in bags().scans]
+    with pytest.raises(CohortError, match="all scans are from here"):
+        refuse_one_site(AdjustConfig(covariates=("site",), method="combat"), scans)
+    refuse_one_site(AdjustConfig(covariates=("site",)), scans)

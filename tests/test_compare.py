@@ -49,7 +49,7 @@ def planted(
     for k, name in enumerate(classes):
         table[f"p_{name}"] = probabilities[:, k]
     table = table.iloc[keep]
-    flat = table.assign(**{f"p_{name}": 1 / len(classes) for name in classes}, model="prior")
+    flat = table.assign(**{f"p_{name}": 1 / len(classes) for name in classes}, model="head size")
     folder.mkdir(parents=True)
     table.assign(repeat=0)[["scan_id", "subject", "label", "repeat", "fold"]].to_csv(folder / "splits.csv", index=False)
     table.to_csv(folder / "predictions.csv", index=False)
@@ -115,7 +115,7 @@ def test_a_copy_of_a_run_differs_by_nothing(tmp_path: Path) -> None:
 def test_p_values_are_corrected_over_pairs_and_baselines_only_meet_runs(tmp_path: Path) -> None:
     runs = [planted(tmp_path / n, strength=s, noise=i) for i, (n, s) in enumerate({"a": 2, "b": 1, "c": 1.5}.items())]
     found = compared(*runs, with_baselines=True)
-    assert [row.name for row in found.rows] == ["a", "b", "c", "prior"]
+    assert [row.name for row in found.rows] == ["a", "b", "c", "head size"]
     assert len(found.pairs) == 6
     raw = sorted(pair.auroc["p_value"] for pair in found.pairs)
     smallest = min(found.pairs, key=lambda pair: pair.auroc["p_value"])

@@ -130,6 +130,10 @@ def print_verdict(run: Path) -> None:
     print(verdict["headline"])
     for sentence in verdict["sentences"]:
         print(f"  {sentence}")
+    if (run / "audit.json").exists():
+        for found in json.loads((run / "audit.json").read_text())["findings"]:
+            if found["severity"] != "note":
+                print(f"  Audit, {found['severity']}: {found['seen']} {found['means']}")
 
 
 def print_comparison(found: Comparison, *, rows: int = 10) -> None:

@@ -159,4 +159,5 @@ def _of_baselines(run: Run, taken: Sequence[str]) -> list[Answers]:
             splits=run.table("splits.csv"),
         )
         for name, rows in run.table("baselines.csv").groupby("model", sort=False)
+        if name != "prior"  # knows nothing, and pooled over folds of unequal prevalence falls far below 0.5
     ]

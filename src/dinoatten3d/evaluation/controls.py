@@ -78,7 +78,11 @@ def baselines(target: str | None) -> tuple[Baseline, ...]:
 
     shown = f"{', '.join(names)} and head size"
     return (
-        Baseline(name="prior", description="the class frequencies of the training scans", inputs=None),
+        Baseline(
+            name="prior",
+            description="the class frequencies of the training scans; only the pooling of folds moves it from 0.50",
+            inputs=None,
+        ),
         Baseline(name="head size", description="logistic regression on brain volume alone", inputs=head_size),
         Baseline(
             name="covariates",

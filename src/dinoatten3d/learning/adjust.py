@@ -10,7 +10,7 @@ they are split leaks, and biases the figures (Snoek, Miletic & Scholte 2019).
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dinoatten3d.config import AdjustConfig
+from dinoatten3d.data.cohort import Scan
 from dinoatten3d.data.covariates import person_and_site
 from dinoatten3d.errors import CohortError, ConfigError
 from dinoatten3d.features.store import PatchTokens
@@ -178,6 +179,20 @@ def refuse_target(config: AdjustConfig, target: str | None) -> None:
     """
     if target in config.covariates:
         raise ConfigError(f"adjust.covariates holds {target}, which is the target; leave it out")
+
+
+def refuse_one_site(config: AdjustConfig, scans: Sequence[Scan]) -> None:
+    """Refuse to harmonise where there is nothing to bring together.
+
+    Raises:
+        CohortError: ComBat is wanted and all scans come from one site.
+    """
+    sites = {scan.site for scan in scans}
+    if config.method == "combat" and config.covariates and len(sites) < 2:
+        raise CohortError(
+            f"adjust.method combat brings sites together; all scans are from {next(iter(sites)) or 'no named site'}: "
+            "fill in the column site, or use residual"
+        )
 
 
 def slice_values(bags: Bags, part: str) -> Array:

@@ -28,7 +28,7 @@ from dinoatten3d.evaluation.metrics import score
 from dinoatten3d.features.backbone import Backbone
 from dinoatten3d.features.store import FeatureStore
 from dinoatten3d.learning.adapt import cross_validate_adapted
-from dinoatten3d.learning.adjust import refuse_target
+from dinoatten3d.learning.adjust import refuse_one_site, refuse_target
 from dinoatten3d.learning.bags import Bags, load_bags
 from dinoatten3d.learning.choice import fit_chosen
 from dinoatten3d.learning.fit import CrossValidation, cross_validate, fold_jobs
@@ -71,6 +71,7 @@ def train_run(
     if out.exists():
         raise RunError(f"{out} exists; choose another --out or remove it (a run is never overwritten)")
     refuse_target(recipe.adjust, cohort.target)
+    refuse_one_site(recipe.adjust, cohort.scans)
     if evaluation.learning_curve and (alternatives or recipe.adapt == "lora"):
         raise ConfigError(
             "a learning curve is of one recipe, not adapted; leave it out, or --choose, --grid and --adapt"
