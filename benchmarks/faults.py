@@ -29,6 +29,7 @@ import pandas as pd
 from scipy import ndimage
 from sklearn.metrics import roc_auc_score
 
+from dinoatten3d.config import PatchConfig
 from dinoatten3d.data.cohort import read_cohort
 from dinoatten3d.demo.implant import DARK, implant_cohort
 from dinoatten3d.features.backbone import load_backbone
