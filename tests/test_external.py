@@ -30,6 +30,12 @@ SLICES = SliceConfig(count=6, size_px=112)
 PATCHES = PatchConfig(layers=(2,), blemished=3)
 
 
+@pytest.fixture(autouse=True)
+def no_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recipe layers that another test's command left on the app have no part here."""
+    monkeypatch.setattr(app, "config", ())
+
+
 @pytest.fixture(scope="module")
 def room(tmp_path_factory: pytest.TempPathFactory, cohort_folder: Path, tiny_backbone_folder: Path) -> Path:
     """A run, and the features of a second cohort of twelve people."""

@@ -28,6 +28,7 @@ from dinoatten3d.evaluation.calibration import (
 from dinoatten3d.evaluation.intervals import bootstrap_intervals, interval_around, subject_weights
 from dinoatten3d.learning.fit import CrossValidation, FittedFold
 from dinoatten3d.learning.run import Run
+from dinoatten3d.learning.splits import repeat_of
 
 Array = NDArray[np.float64]
 SMALLEST = 1e-6
@@ -158,8 +159,8 @@ def decide_held_out(result: CrossValidation, calibrations: Sequence[Calibration]
     which = [tuple(int(f) for f in column if f >= 0) for column in result.folds.T]
     for group in set(which) - {()}:
         rows = np.flatnonzero([w == group for w in which])
-        repeats = [int(np.flatnonzero((result.folds == fold).any(axis=1))[0]) for fold in group]
-        own = decide([calibrations[fold] for fold in group], [result.by_repeat[r, rows] for r in repeats])
+        answers = [result.by_repeat[repeat_of(result.folds, fold), rows] for fold in group]
+        own = decide([calibrations[fold] for fold in group], answers)
         for name, values in vars(own).items():
             getattr(found, name)[rows] = values
     return found

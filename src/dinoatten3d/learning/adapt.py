@@ -31,9 +31,9 @@ from dinoatten3d.features.store import FeatureStore
 from dinoatten3d.learning.adapter import adapted_blocks, adapter_tensors, embed_entries, enter, write_adapter
 from dinoatten3d.learning.bags import Bags
 from dinoatten3d.learning.end_to_end import AdaptedNet, Entered, Entries, train_end_to_end
-from dinoatten3d.learning.fit import CrossValidation, FittedFold, Progress, Scored, fit_fold
+from dinoatten3d.learning.fit import CrossValidation, FittedFold, Progress, fit_fold, over_repeats
 from dinoatten3d.learning.model import SliceAttentionNet
-from dinoatten3d.learning.splits import inner_folds, partition
+from dinoatten3d.learning.splits import inner_folds, partition, repeat_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +102,7 @@ def cross_validate_adapted(
     weights = np.zeros((len(folds), *bags.mask.shape))
     fitted: list[AdaptedFold] = []
     for fold in range(count):
-        repeat = int(np.flatnonzero((folds == fold).any(axis=1))[0])
+        repeat = repeat_of(folds, fold)
         held_out = np.flatnonzero(folds[repeat] == fold)
         done = len(bags) + fold * epochs
         fitted.append(
@@ -121,13 +121,7 @@ def cross_validate_adapted(
         progress(done + epochs, steps)
     if not PartialState().is_main_process:
         raise SystemExit(0)
-    return CrossValidation(
-        folds=folds,
-        by_repeat=probabilities,
-        scored=Scored(probabilities=probabilities.mean(axis=0), weights=weights.mean(axis=0)),
-        fitted=tuple(fitted),
-        seconds=time.monotonic() - started,
-    )
+    return over_repeats(folds, probabilities, weights, fitted, seconds=time.monotonic() - started)
 
 
 def check_backbone(store: FeatureStore, backbone: Backbone) -> None:

@@ -17,7 +17,7 @@ from dinoatten3d.config import AdjustConfig, EvaluationConfig, Recipe
 from dinoatten3d.learning.adjust import Adjustment, fit_adjustment
 from dinoatten3d.learning.bags import Bags, Look
 from dinoatten3d.learning.deviation_model import fit_deviation_model
-from dinoatten3d.learning.splits import partition
+from dinoatten3d.learning.splits import partition, repeat_of
 from dinoatten3d.learning.stack import Job
 from dinoatten3d.learning.train import train_jobs
 
@@ -165,12 +165,24 @@ def cross_validate(
     for fold, found in enumerate(fitted):
         repeat, held_out = np.nonzero(folds == fold)
         probabilities[repeat, held_out], weights[repeat, held_out] = found.model.score(bags.take(held_out))
+    return over_repeats(folds, probabilities, weights, fitted, seconds=time.monotonic() - started)
+
+
+def over_repeats(
+    folds: NDArray[np.int64],
+    probabilities: NDArray[np.float64],
+    weights: NDArray[np.float64],
+    fitted: Sequence[FittedFold],
+    *,
+    seconds: float,
+) -> CrossValidation:
+    """Average the answers of each repeat, `[repeats, scans, classes]` and `[repeats, scans, slices]`."""
     return CrossValidation(
         folds=folds,
         by_repeat=probabilities,
         scored=Scored(probabilities=probabilities.mean(axis=0), weights=weights.mean(axis=0)),
         fitted=tuple(fitted),
-        seconds=time.monotonic() - started,
+        seconds=seconds,
     )
 
 
@@ -184,8 +196,7 @@ def fold_jobs(folds: NDArray[np.int64], labels: NDArray[np.int64], seed: int) ->
     """
     jobs = []
     for fold in range(int(folds.max()) + 1):
-        repeat = int(np.flatnonzero((folds == fold).any(axis=1))[0])
-        rows = np.flatnonzero(folds[repeat] != fold)
+        rows = np.flatnonzero(folds[repeat_of(folds, fold)] != fold)
         jobs.append(Job(rows=rows, labels=labels[rows], seed=seed * 1000 + fold))
     return jobs
 

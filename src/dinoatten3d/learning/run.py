@@ -38,6 +38,7 @@ from dinoatten3d.learning.bags import Bags
 from dinoatten3d.learning.deviation_model import DeviationModel
 from dinoatten3d.learning.fit import AdjustedModel, CrossValidation, FittedFold, FoldModel
 from dinoatten3d.learning.model import SliceAttentionNet
+from dinoatten3d.learning.splits import repeat_of
 from dinoatten3d.learning.tables import attention_table, cohort_table, model_tables, probability_table, splits_table
 from dinoatten3d.toml import from_dict, to_dict
 
@@ -168,7 +169,7 @@ def write_run(
         for fold in range(int(result.folds.max()) + 1):
             place = folder / f"fold-{fold}"
             place.mkdir()
-            repeat = int(np.flatnonzero((result.folds == fold).any(axis=1))[0])
+            repeat = repeat_of(result.folds, fold)
             own = probability_table(bags, result.by_repeat[repeat], result.folds[repeat])
             own[own["fold"] == fold].to_csv(place / "predictions.csv", index=False)
             if baselines:

@@ -55,6 +55,11 @@ def partition(
     return held_out[None]
 
 
+def repeat_of(folds: NDArray[np.int64], fold: int) -> int:
+    """Give the repeat that a fold belongs to, in a partition `[repeats, scans]`."""
+    return int(np.flatnonzero((folds == fold).any(axis=1))[0])
+
+
 def _by_column(values: list[str | None], column: str) -> NDArray[np.int64]:
     """Make each value a fold; of `train` and `test` only the second is held out."""
     if None in values:

@@ -20,6 +20,7 @@ from dinoatten3d.inference.explain import patch_volume
 from dinoatten3d.inference.healthy import ScanAnomaly, write_reference
 from dinoatten3d.learning.bags import load_bags
 from dinoatten3d.report.anomaly_figures import anomaly_scores_figure, deviation_figure
+from dinoatten3d.steps.explain import explanation_folder
 
 Progress = Callable[[int, int], None]
 
@@ -75,9 +76,7 @@ def keep_scan_anomaly(found: ScanAnomaly, out: Path) -> Path:
     Raises:
         RunError: The folder exists.
     """
-    target = out / stem(found.scan)
-    if target.exists():
-        raise RunError(f"{target} exists; choose another --out or remove it")
+    target = explanation_folder(found.scan, out)
     title = f"{stem(found.scan)}: farther than {found.farther_than:g} of {found.healthy} healthy scans"
     with whole_folder(target) as folder:
         write_json(folder / "anomaly.json", found.to_dict())
